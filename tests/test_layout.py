@@ -1,0 +1,213 @@
+"""Cache layouts, byte by byte: records built by hand against what is stored."""
+
+from __future__ import annotations
+
+import struct
+
+import numpy as np
+import pytest
+import torch
+
+from dsa_hal.errors import BadInput, ConfigError
+from dsa_hal.ops import gather_index_key, gather_latent, store_index_key, store_latent
+from dsa_hal.ops.layout import KVLayout, convert
+
+LATENT, INDEX = "latent_fp8/512+64", "index_fp8/128"
+
+
+def pow2_scale(values: np.ndarray) -> float:
+    """2 ** ceil(log2(max|x| / 448)), max|x| at least 1e-4, through the exact exponent of frexp."""
+    mantissa, exponent = np.frexp(np.float32(max(np.abs(values).max(), 1e-4)) * np.float32(1 / 448))
+    return float(2.0 ** (exponent - 1 if mantissa == 0.5 else exponent))
+
+
+def e4m3(value: float) -> int:
+    """The e4m3 code nearest to a value, ties to the even code, found by search over all codes."""
+    table = [
+        (c & 7) * 2.0**-9 if c < 8 else (1 + (c & 7) / 8) * 2.0 ** ((c >> 3) - 7)
+        for c in range(0x7F)
+    ]
+    code = min(range(0x7F), key=lambda c: (abs(table[c] - abs(value)), c & 1))
+    return code | (0x80 if np.signbit(value) else 0)
+
+
+def bf16(value: float) -> bytes:
+    """The upper two bytes of the fp32, little end first; `value` must fit."""
+    return struct.pack("<f", value)[2:]
+
+
+def latent_record(latent: np.ndarray, rope: np.ndarray) -> bytes:
+    """512 codes, 4 fp32 scales, 64 bf16: FlashMLA's 656 bytes."""
+    scales = [pow2_scale(group) for group in latent.reshape(4, 128)]
+    codes = bytes(e4m3(x / scales[at // 128]) for at, x in enumerate(latent.tolist()))
+    return codes + struct.pack("<4f", *scales) + b"".join(bf16(x) for x in rope.tolist())
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 64])
+def test_latent_token_is_656_bytes_in_one_piece(page_size: int) -> None:
+    torch.manual_seed(0)
+    values = torch.randn(2, 576, dtype=torch.bfloat16)
+    values[1, 128:256] = 1e-6  # a group below the floor
+    values[1, 300] = -700.0
+    pages = KVLayout.parse(LATENT).empty(4, page_size)
+    slots = [3 * page_size, 2 * page_size + page_size - 1]
+    store_latent(pages, values, torch.tensor(slots, dtype=torch.int32), layout=LATENT)
+    memory = bytearray(4 * page_size * 656)
+    for slot, row in zip(slots, values.float().numpy(), strict=True):
+        memory[slot * 656 : slot * 656 + 656] = latent_record(row[:512], row[512:])
+    assert pages.numpy().tobytes() == bytes(memory)
+    floor = pages.flatten(0, 1)[slots[1], 512:528].view(torch.float32)[1]
+    assert floor == 2.0**-22  # the model's floor of 1e-4 on max|x|, not one on the scale
+
+
+@pytest.mark.parametrize("page_size", [1, 3, 64])
+def test_index_page_holds_all_values_then_all_scales(page_size: int) -> None:
+    torch.manual_seed(1)
+    values = torch.randn(2, 128) * 3
+    pages = KVLayout.parse(INDEX).empty(3, page_size)
+    places = [(1, page_size - 1), (2, 0)]
+    slots = torch.tensor([page * page_size + at for page, at in places], dtype=torch.int32)
+    store_index_key(pages, values, slots, layout=INDEX)
+    memory = bytearray(3 * page_size * 132)
+    for (page, at), row in zip(places, values.numpy(), strict=True):
+        scale, start = pow2_scale(row), page * page_size * 132
+        codes = bytes(e4m3(x / scale) for x in row.tolist())
+        memory[start + at * 128 : start + at * 128 + 128] = codes
+        struct.pack_into("<f", memory, start + page_size * 128 + at * 4, scale)
+    assert pages.numpy().tobytes() == bytes(memory)
+
+
+def test_sizes_are_the_published_ones() -> None:
+    sizes = {LATENT: 656, INDEX: 132, "latent_bf16/512+64": 1152, "index_bf16/128": 256}
+    assert {spec: KVLayout.parse(spec).token_bytes for spec in sizes} == sizes
+
+
+def test_views_share_the_pools_memory() -> None:
+    for spec in (LATENT, INDEX, "latent_fp16/512+64", "index_fp32/128"):
+        layout = KVLayout.parse(spec)
+        pages = layout.empty(2, 5)
+        for view in layout.views(pages).values():
+            view[1, 4] = torch.ones((), dtype=view.dtype)
+        assert int((pages != 0).sum()) > 0
+        decoded = layout.decode(layout.views(pages))
+        assert decoded[1, 4].eq(1).all() and decoded.sum() == layout.width
+
+
+def test_mask_covers_a_tokens_bytes_and_no_others() -> None:
+    tokens = torch.zeros(2, 3, dtype=torch.bool)
+    tokens[1, 2] = True
+    for spec, length in ((LATENT, 656), (INDEX, 132)):
+        layout = KVLayout.parse(spec)
+        pages = layout.empty(2, 3)
+        covered = layout.mask(pages, tokens)
+        assert int(covered.sum()) == length
+        for view in layout.views(covered.view(torch.uint8)).values():
+            touched = view.view(torch.uint8).bool().any(-1)
+            assert torch.equal(touched, tokens)
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        (LATENT, "latent_bf16/512+64"),
+        (LATENT, "latent_fp32/512+64"),
+        (INDEX, "index_bf16/128"),
+        ("latent_bf16/512+64", "latent_fp32/512+64"),
+        ("index_bf16/128", "index_fp32/128"),
+    ],
+)
+def test_convert_to_wider_and_back_loses_nothing(source: str, target: str) -> None:
+    torch.manual_seed(2)
+    old, new = KVLayout.parse(source), KVLayout.parse(target)
+    pages = old.empty(3, 7)
+    for name, part in old.encode(torch.randn(3, 7, old.width) * 5).items():
+        old.views(pages)[name].copy_(part)
+    values = old.decode(old.views(pages))
+    wide = convert(pages, source, target)
+    assert torch.equal(new.decode(new.views(wide)), values)
+    again = convert(wide, target, source)
+    assert torch.equal(old.decode(old.views(again)), values)
+
+
+def test_convert_rounds_a_narrower_target_once() -> None:
+    torch.manual_seed(3)
+    pages = torch.randn(2, 3, 576)
+    half = convert(pages, "latent_fp32/512+64", "latent_bf16/512+64")
+    assert torch.equal(half, pages.to(torch.bfloat16))
+    small = convert(pages, "latent_fp32/512+64", LATENT)
+    error = (convert(small, LATENT, "latent_fp32/512+64") - pages)[..., :512].abs()
+    assert float((error / pages[..., :512].abs().clamp_min(0.05)).max()) <= 2.0**-4
+
+
+def test_requantising_a_cached_latent_changes_no_value() -> None:
+    """With power-of-two scales, what is read back may be stored again."""
+    torch.manual_seed(4)
+    pages = KVLayout.parse(LATENT).empty(1, 64)
+    slots = torch.arange(64, dtype=torch.int32)
+    store_latent(pages, torch.randn(64, 576, dtype=torch.bfloat16), slots, layout=LATENT)
+    once = gather_latent(pages, slots, layout=LATENT)
+    store_latent(pages, once, slots, layout=LATENT)
+    assert torch.equal(gather_latent(pages, slots, layout=LATENT), once)
+
+
+def test_pages_may_lie_apart() -> None:
+    """A pool cut out of a larger one, as when layers share an allocation."""
+    for spec, store in ((LATENT, store_latent), (INDEX, store_index_key)):
+        layout = KVLayout.parse(spec)
+        layers = torch.zeros(4, 2, 3, layout.record, dtype=torch.uint8)
+        slots = torch.tensor([10, 0], dtype=torch.int32)
+        store(layers[:, 1], torch.randn(2, layout.width), slots, layout=spec)
+        assert not layers[:, 0].any() and layers[0, 1].any() and layers[3, 1].any()
+
+
+@pytest.mark.parametrize(
+    "spec", ["", "latent", "latent_fp8", "latent_fp8/512", "latent_int4/512+64", "index_fp8/0",
+             "index_fp8/128+64", "index_fp8/127", "latent_fp8/512+63", "index_fp8/128 "],
+)  # fmt: skip
+def test_unknown_layouts_are_refused_with_what_is_known(spec: str) -> None:
+    with pytest.raises(ConfigError, match=r"_fp8/"):
+        KVLayout.parse(spec)
+
+
+@pytest.mark.parametrize(
+    ("pages", "found"),
+    [
+        (torch.zeros(2, 4, 655, dtype=torch.uint8), r"\[2, 4, 655\]"),
+        (torch.zeros(2, 4, 656, dtype=torch.int8), "int8"),
+        (torch.zeros(8, 656, dtype=torch.uint8), r"\[8, 656\]"),
+        (torch.zeros(2, 0, 656, dtype=torch.uint8), "holds nothing"),
+        (torch.zeros(2, 8, 656, dtype=torch.uint8)[:, ::2], "strides"),
+        (torch.zeros(2, 4, 1312, dtype=torch.uint8)[..., ::2], "strides"),
+        (torch.zeros(2 * 4 * 656 + 1, dtype=torch.uint8)[1:].view(2, 4, 656), "multiples of 4"),
+    ],
+)
+def test_pages_that_do_not_fit_are_refused(pages: torch.Tensor, found: str) -> None:
+    with pytest.raises(BadInput, match=found):
+        KVLayout.parse(LATENT).views(pages)
+    with pytest.raises(BadInput, match=found):
+        gather_latent(pages, torch.zeros(1, dtype=torch.int32), layout=LATENT)
+
+
+def test_layouts_of_the_other_kind_are_refused() -> None:
+    with pytest.raises(BadInput, match="index records"):
+        gather_latent(
+            KVLayout.parse(INDEX).empty(1, 4), torch.zeros(1, dtype=torch.int32), layout=INDEX
+        )
+    with pytest.raises(ConfigError, match="same"):
+        convert(KVLayout.parse(INDEX).empty(1, 4), INDEX, LATENT)
+
+
+@pytest.mark.parametrize("slot", [-2, 12, 2**31 - 1])
+def test_slots_outside_the_pool_are_named_and_nothing_is_written(slot: int) -> None:
+    slots = torch.tensor([0, -1, slot], dtype=torch.int32)
+    for spec, store, load in (
+        (LATENT, store_latent, gather_latent),
+        (INDEX, store_index_key, gather_index_key),
+    ):
+        layout = KVLayout.parse(spec)
+        pages = layout.empty(3, 4)
+        with pytest.raises(BadInput, match=rf"slots\[2\] is {slot}; the pool has slots 0 to 11"):
+            store(pages, torch.ones(3, layout.width), slots, layout=spec)
+        assert not pages.any()
+        with pytest.raises(BadInput, match=rf"slots\[2\] is {slot}"):
+            load(pages, slots, layout=spec)
