@@ -16,6 +16,7 @@ one line in the log; a table that cannot be read is an error that names the file
 
 from __future__ import annotations
 
+import importlib
 import math
 import os
 import tempfile
@@ -25,15 +26,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dsa_hal import env
 from dsa_hal.errors import ConfigError
 from dsa_hal.log import logger
-from dsa_hal.target import Target
-
-HOME = Path(__file__).parent.parent / "backends"
-
+from dsa_hal.target import Target, packages
 
 @dataclass(frozen=True)
 class Winner:
@@ -79,6 +75,8 @@ def user_file(target: Target) -> Path:
 
 def write(path: Path, target: Target, torch_version: str, ops: Mapping[str, Any]) -> None:
     """Write a table whole or not at all. `ops` maps op -> {"contract": int, "winners": [...]}."""
+    import yaml
+
     stamp = {**_identity(target), "torch": torch_version}
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
@@ -102,10 +100,10 @@ def _identity(target: Target) -> dict[str, str]:
 def _tables(target: Target) -> tuple[tuple[Path, dict[str, Any]], ...]:
     """Tables whose stamp fits the target, shipped ones first."""
     fitting = []
-    own = user_file(target)
-    for path in (*sorted((HOME / target.backend / "tuned").glob("*.yaml")), own):
-        if not path.is_file():
-            continue
+    homes = [Path(importlib.import_module(p).__path__[0]) for p in packages()[target.backend]]
+    shipped = [path for home in homes for path in sorted((home / "tuned").glob("*.yaml"))]
+    own = [path] if (path := user_file(target)).is_file() else []
+    for path in (*shipped, *own):
         table = _read(path)
         different = [
             f"{key} {table['stamp'].get(key)!r}, this is {value!r}"
@@ -120,6 +118,8 @@ def _tables(target: Target) -> tuple[tuple[Path, dict[str, Any]], ...]:
 
 
 def _read(path: Path) -> dict[str, Any]:
+    import yaml  # here, as a process without tables need not pay for it
+
     try:
         table = yaml.safe_load(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:

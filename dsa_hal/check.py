@@ -52,14 +52,19 @@ def each(**comparisons: Comparison) -> Check:
     """The check that compares output by output, in the order given; shape, dtype and count come first."""
 
     def check(got: Sequence[Tensor], want: Sequence[Tensor], inputs: Inputs) -> Report:
-        findings: list[Finding] = []
-        if len(got) != len(comparisons):
-            findings.append(Finding("results", "count", str(len(got)), str(len(want)), False))
+        findings = count(got, want)
         for (name, compare), g, w in zip(comparisons.items(), got, want, strict=False):
             findings += form(name, g, w) or compare(name, g, w)
         return Report(tuple(findings))
 
     return check
+
+
+def count(got: Sequence[Tensor], want: Sequence[Tensor]) -> list[Finding]:
+    """A finding if results are missing or too many, else none."""
+    if len(got) == len(want):
+        return []
+    return [Finding("results", "count", str(len(got)), str(len(want)), False)]
 
 
 def form(name: str, got: Tensor, want: Tensor) -> list[Finding]:

@@ -1,39 +1,39 @@
-"""Ops, implementations, and the choice between them.
+"""Ops and their implementations.
 
 An `Op` is declared by its plain-torch fp32 reference, a `Composite` by a body written with other
 ops. Implementations attach from `backends/<backend>/<op>.py`, a file that is imported when the op is
-first selected. `select` answers for one call, `bind` once for good. Four questions are kept apart,
-and each refusal says which one failed: importable? device? promise? shape?
+first selected. `select` answers for one call, `bind` once for good.
 """
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Generic, ParamSpec, TypeVar
 
-from packaging.requirements import Requirement
-
-from dsa_hal import env, log
+from dsa_hal.autotune import store
+from dsa_hal.autotune.store import Winner
 from dsa_hal.case import Case, Cost, Inputs
 from dsa_hal.check import Check
-from dsa_hal.errors import BadInput, ConfigError, DsaHalError
-from dsa_hal.target import REFERENCE, Target, detect, implements, packages
+from dsa_hal.errors import BadInput, ConfigError
+from dsa_hal.selection import (  # noqa: F401
+    DETERMINISTIC,
+    OPS,
+    Unsupported,
+    Verdict,
+    current,
+    explain,
+    selection,
+    use,
+    Selection,
+)
+from dsa_hal.target import REFERENCE, Target, packages
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-OPS: dict[str, Op[..., Any]] = {}
-
-DETERMINISTIC = "deterministic"
-"""The promise that repeats on the same device and inputs are bitwise equal."""
-
 
 @dataclass(frozen=True, slots=True)
 class Impl(Generic[P, R]):
@@ -61,24 +61,6 @@ class Impl(Generic[P, R]):
         return f"{self.backend}/{self.name}"
 
 
-@dataclass(frozen=True)
-class Verdict:
-    """What selection says of one implementation: the question that failed, and the sentence."""
-
-    impl: Impl[..., Any]
-    question: str  # "importable" | "device" | "promise" | "shape" | "ok"
-    reason: str = ""
-
-
-class Unsupported(DsaHalError):
-    """No implementation can serve a request; the message lists every candidate with its sentence."""
-
-    def __init__(self, op: str, target: Target, verdicts: Sequence[Verdict], hint: str = "") -> None:
-        self.op, self.target, self.verdicts = op, target, tuple(verdicts)
-        reasons = "; ".join(f"{v.impl.label}: {v.reason}" for v in verdicts if v.question != "ok")
-        super().__init__(f"{op} on {target}: {reasons or hint or 'no implementation'}")
-
-
 def _can_run(*_: Any, **__: Any) -> str | None:
     return None
 
@@ -89,7 +71,8 @@ class Op(Generic[P, R]):
     reference  plain torch, fp32 inside; also the shape function, so it never reads tensor data
     version    of the contract; implementations state the one they were written for
     constant   axes that predicates may read (head dims, k, page size)
-    variable   axes that only tuning may read (tokens, context, batch)
+    variable   axes that only tuning may read (tokens, context, batch), and where each is found in a
+               call: "q[0]" is the size of argument q along its first axis, "max_len" a plain argument
     inputs     makes the arguments of one case from its axes; works on the meta device too
     cases      small awkward shapes, the traps, and the model's true shapes
     check      compares an implementation's outputs with the reference's
@@ -102,6 +85,7 @@ class Op(Generic[P, R]):
     """
 
     kind = "primitive"
+    uses: tuple[Op[..., Any], ...] = ()
 
     def __init__(
         self,
@@ -109,7 +93,7 @@ class Op(Generic[P, R]):
         *,
         version: int,
         constant: Sequence[str],
-        variable: Sequence[str],
+        variable: Mapping[str, str],
         inputs: Callable[..., Inputs],
         cases: Sequence[Case],
         check: Check,
@@ -127,6 +111,7 @@ class Op(Generic[P, R]):
         self.__wrapped__ = reference
         self.reference = reference
         self.version, self.constant, self.variable = version, tuple(constant), tuple(variable)
+        self.sizes = _sizes(reference, variable if isinstance(variable, Mapping) else {})
         self.inputs, self.cases, self.check, self.cost = inputs, tuple(cases), check, cost
         self.outputs, self.mutates = tuple(outputs), tuple(mutates)
         self.invalid, self.requests, self.unread = invalid, requests, unread
@@ -134,7 +119,7 @@ class Op(Generic[P, R]):
         self._impls: dict[str, Impl[P, R]] = {}
         for companion in (cost, invalid, requests, unread):
             if companion not in (None, _can_run):
-                _same_arguments(self.name, reference, companion)  # type: ignore[arg-type]
+                _same_arguments(self.name, reference, companion)
         if OPS.setdefault(self.name, self) is not self:
             raise ValueError(
                 f"op {self.name} is declared twice; import it as dsa_hal.ops.{self.family}.{self.name}"
@@ -204,22 +189,55 @@ class Op(Generic[P, R]):
         """
         if (wrong := self.invalid(*args, **kwargs)) is not None:
             raise BadInput(f"{self.name}: {wrong}")
-        wanted = self.requests(*args, **kwargs) if self.requests is not None else None
         chosen = selection()
-        for impl in chosen.candidates(self):
-            if wanted and not wanted <= impl.promises:
-                continue
-            if impl.why_not(*args, **kwargs) is None:
-                return impl
+        candidates, winners = chosen.candidates(self)
+        if winners:
+            if fit := self._fit(candidates, args, kwargs):
+                return _nearest(fit, winners, self.sizes(*args, **kwargs))
+        else:
+            for impl in candidates:
+                if impl.why_not(*args, **kwargs) is None and (
+                    self.requests is None or self.requests(*args, **kwargs) <= impl.promises
+                ):
+                    return impl
         verdicts = chosen.verdicts(self, args, kwargs)
         raise Unsupported(self.name, chosen.target, verdicts, chosen.hint(self))
+
+    def _fit(self, candidates: Sequence[Impl[..., Any]], args: Any, kwargs: Any) -> list[Impl[..., Any]]:
+        """The implementations that can serve these arguments, best rank first."""
+        wanted = self.requests(*args, **kwargs) if self.requests is not None else frozenset()
+        return [
+            i for i in candidates if wanted <= i.promises and i.why_not(*args, **kwargs) is None
+        ]
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         return self.select(*args, **kwargs).fn(*args, **kwargs)
 
     def bind(self, *args: P.args, **kwargs: P.kwargs) -> Callable[P, R]:
-        """The function that serves arguments like these: `select` once, then call it directly."""
-        return self.select(*args, **kwargs).fn
+        """The function that serves arguments like these: `select` once, then call it directly. Where
+        tuning found different winners in different ranges of the variable axes, a function that
+        looks up the range of each call."""
+        first = self.select(*args, **kwargs)
+        candidates, winners = selection().candidates(self)
+        if winners:
+            fit = self._fit(candidates, args, kwargs)
+            if len({w.impl for w in winners} & {i.name for i in fit}) > 1:
+                return self._by_range(fit, winners)
+        return first.fn
+
+    def _by_range(self, fit: Sequence[Impl[..., Any]], winners: tuple[Winner, ...]) -> Callable[P, R]:
+        by_range: dict[tuple[int, ...], Callable[P, R]] = {}
+        sizes = self.sizes
+
+        def ranged(*args: P.args, **kwargs: P.kwargs) -> R:
+            now = sizes(*args, **kwargs)
+            key = tuple([n.bit_length() for n in now.values()])
+            fn = by_range.get(key)
+            if fn is None:
+                fn = by_range[key] = _nearest(fit, winners, now).fn
+            return fn(*args, **kwargs)
+
+        return ranged
 
 
 class Composite(Op[P, R]):
@@ -241,7 +259,7 @@ class Composite(Op[P, R]):
         super().__init__(reference, **facts)
 
     def _always(self) -> tuple[Impl[P, R], ...]:
-        made_of = Impl(self.name, "any", "composite", self.body, _can_run, rank=-1,
+        made_of: Impl[P, R] = Impl(self.name, "any", "composite", self.body, _can_run, rank=-1,
                        promises=frozenset({DETERMINISTIC, *self.requires, "ties=lower"}))  # fmt: skip
         return (made_of, *super()._always())
 
@@ -256,174 +274,38 @@ def composite(**facts: Any) -> Callable[[Callable[P, R]], Composite[P, R]]:
     return lambda body: Composite(body, **facts)
 
 
-# -- the state of selection --------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What is chosen from: a target, implementations named per op, and a wish for determinism."""
-
-    target: Target
-    named: Mapping[str, str] = field(default_factory=dict)
-    deterministic: bool = False
-    logging: bool = False
-    _candidates: dict[str, tuple[Impl[..., Any], ...]] = field(default_factory=dict, compare=False)
-
-    def candidates(self, op: Op[P, R]) -> tuple[Impl[P, R], ...]:
-        """Implementations whose static facts fit, in order of preference; worked out once per op."""
-        try:
-            return self._candidates[op.name]
-        except KeyError:
-            pass
-        fit = [v.impl for v in self._static(op) if v.question == "ok"]
-        if self.logging:
-            fit = [replace(i, fn=log.logged(f"{op.name} {i.label}", i.fn)) for i in fit]
-        return self._candidates.setdefault(op.name, tuple(fit))
-
-    def verdicts(self, op: Op[P, R], args: Any = None, kwargs: Any = None) -> list[Verdict]:
-        """A verdict per implementation; with arguments, the shape question is asked as well."""
-        verdicts = self._static(op)
-        if args is None:
-            return verdicts
-        wanted = op.requests(*args, **kwargs) if op.requests is not None else frozenset()
-        asked = []
-        for v in verdicts:
-            if v.question == "ok" and not wanted <= v.impl.promises:
-                v = Verdict(v.impl, "promise", _broken(wanted, v.impl))
-            if v.question == "ok" and (reason := v.impl.why_not(*args, **kwargs)) is not None:
-                v = Verdict(v.impl, "shape", reason)
-            asked.append(v)
-        return asked
-
-    def hint(self, op: Op[..., Any]) -> str:
-        """Why there may be no verdict at all."""
-        if op.name not in self.named and op.name not in implements(self.target.backend):
-            return (
-                f"backend {self.target.backend} has no implementation of it in this version;"
-                f" DSA_HAL_BACKEND=cpu computes on the processor, DSA_HAL_IMPL={op.name}=reference"
-                " runs the plain fp32 reference"
-            )
-        return ""
-
-    def _static(self, op: Op[P, R]) -> list[Verdict]:
-        registered = op.implementations(self.target)
-        name = self.named.get(op.name)
-        if name is not None:
-            found = [i for i in registered if i.name == name]
-            if not found:
-                known = ", ".join(i.name for i in registered)
-                raise ConfigError(
-                    f"{op.name} has no implementation {name!r} on {self.target}; known are {known}"
-                )
-            return [self._judge(op, i) for i in found]
-        if self.target.backend != REFERENCE.backend:  # nobody gets the reference unasked
-            registered = tuple(i for i in registered if i.name != "reference")
-        return [self._judge(op, i) for i in registered]
-
-    def _judge(self, op: Op[P, R], impl: Impl[P, R]) -> Verdict:
-        for need in impl.needs:
-            if (reason := _missing(need)) is not None:
-                return Verdict(impl, "importable", reason)
-        if impl.arch and self.target.arch not in impl.arch:
-            known = ", ".join(impl.arch)
-            return Verdict(impl, "device", f"made for {known}, this is {self.target.arch}")
-        if impl.name == "composite" and isinstance(op, Composite):
-            for part in op.uses:
-                if not self.candidates(part):
-                    return Verdict(impl, "device", f"needs {part.name}, which nothing serves here")
-        must = op.requires | ({DETERMINISTIC} if self.deterministic else frozenset())
-        if not must <= impl.promises:
-            return Verdict(impl, "promise", _broken(must, impl))
-        return Verdict(impl, "ok")
-
-
-_scoped: ContextVar[Selection | None] = ContextVar("dsa_hal_selection", default=None)
-
-
-def selection() -> Selection:
-    """The selection in force: the innermost `use()` of this context, else the environment's."""
-    return _scoped.get() or _from_environment()
-
-
-@cache
-def _wishes() -> Selection:
-    """What the environment says apart from the device, which need not be present to be left alone."""
-    named = env.IMPL.read()
-    _known_ops(named, env.IMPL.name)
-    logging = env.LOG.read() == "ops"
-    if logging:
-        log.enable()
-    return Selection(REFERENCE, named, env.DETERMINISTIC.read(), logging)
-
-
-@cache
-def _from_environment() -> Selection:
-    wishes = _wishes()
-    return Selection(
-        detect(env.BACKEND.read()), wishes.named, wishes.deterministic, wishes.logging
-    )
-
-
-@contextmanager
-def use(
-    *, backend: str | None = None, deterministic: bool | None = None, **named: str
-) -> Iterator[Selection]:
-    """Choose within a `with` block (and this thread or task): a backend ("reference" is one too),
-    determinism, and implementations by op name, as in `use(sparse_mla="torch")`.
-
-    Explicit choices are strict: what is named runs or raises. Blocks nest; the inner one wins.
-    """
-    _known_ops(named, "use()")
-    if backend is None:
-        outer = selection()
-        named = {**outer.named, **named}
-    else:  # names of implementations mean nothing on another backend, so none are kept
-        target = REFERENCE if backend == REFERENCE.backend else detect(backend)
-        outer = replace(_scoped.get() or _wishes(), target=target)
-    wish = outer.deterministic if deterministic is None else deterministic
-    inner = Selection(outer.target, named, wish, outer.logging)
-    token = _scoped.set(inner)
-    try:
-        yield inner
-    finally:
-        _scoped.reset(token)
-
-
-def current() -> Target:
-    """The target in force."""
-    return selection().target
-
-
-def explain(op_: Op[P, R], *args: P.args, **kwargs: P.kwargs) -> list[Verdict]:
-    """A verdict per implementation of an op on the target in force, best rank first. The first "ok"
-    is the one that serves; without arguments only the static questions are asked."""
-    asked = (args, kwargs) if args or kwargs else (None, None)
-    return selection().verdicts(op_, *asked)
-
-
 # -- small print -------------------------------------------------------------------------------
 
 
-def _known_ops(named: Mapping[str, str], where: str) -> None:
-    for name in named:
-        if name not in OPS:
-            raise ConfigError(f"{where}: unknown op {name!r}; known are {', '.join(sorted(OPS))}")
+def _nearest(
+    fit: Sequence[Impl[..., Any]], winners: Sequence[Winner], sizes: Mapping[str, int]
+) -> Impl[..., Any]:
+    """The fitting implementation that won nearest to these sizes; without one, the best by rank."""
+    by_name = {impl.name: impl for impl in fit}
+    able = [w for w in winners if w.impl in by_name]
+    return by_name[store.nearest(able, sizes)] if able else fit[0]
 
 
-def _broken(wanted: frozenset[str], impl: Impl[..., Any]) -> str:
-    return f"does not promise {', '.join(sorted(wanted - impl.promises))}, which was asked for"
+def _sizes(
+    reference: Callable[..., Any], variable: Mapping[str, str]
+) -> Callable[..., dict[str, int]]:
+    """A function of a call's arguments that gives the sizes of its variable axes."""
+    order = _arguments(reference)[0]
+    places = []
+    for axis, where in variable.items():
+        name, _, dim = where.partition("[")
+        if name not in order:
+            raise ValueError(f"{reference.__name__}: axis {axis} is sought in {where!r}")
+        places.append((axis, order.index(name), name, int(dim[:-1]) if dim else None))
 
+    def sizes(*args: Any, **kwargs: Any) -> dict[str, int]:
+        found = {}
+        for axis, at, name, dim in places:
+            value = args[at] if at < len(args) else kwargs[name]
+            found[axis] = value if dim is None else value.shape[dim]
+        return found
 
-@cache
-def _missing(need: str) -> str | None:
-    requirement = Requirement(need)
-    try:
-        found = version(requirement.name)
-    except PackageNotFoundError:
-        return f"{requirement.name} is not installed (needs {need})"
-    if not requirement.specifier.contains(found, prereleases=True):
-        return f"{requirement.name} {found} is installed, needs {need}"
-    return None
+    return sizes
 
 
 @cache
@@ -441,12 +323,21 @@ def _same_arguments(
     label: str, reference: Callable[..., Any], other: Callable[..., Any]
 ) -> None:
     """Refuse a function whose argument names, kinds or defaults differ from the reference's."""
-
-    def shape(fn: Callable[..., Any]) -> list[tuple[str, Any, Any]]:
-        return [(p.name, p.kind, p.default) for p in inspect.signature(fn).parameters.values()]
-
-    if shape(reference) != shape(other):
+    if _arguments(reference) != _arguments(other):
         raise ConfigError(
             f"{label}: arguments {inspect.signature(other)} differ from the op's"
             f" {inspect.signature(reference)}"
         )
+
+
+def _arguments(fn: Callable[..., Any]) -> Any:
+    """What two functions must share to take the same calls. Read off the code object, since hundreds of
+    `inspect.signature` would be felt at import."""
+    fn = inspect.unwrap(fn)
+    code = getattr(fn, "__code__", None)
+    if code is None:
+        return inspect.signature(fn)
+    count = code.co_argcount + code.co_kwonlyargcount
+    variadic = code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
+    defaults = fn.__defaults__, fn.__kwdefaults__  # type: ignore[attr-defined]
+    return code.co_varnames[:count], code.co_argcount, variadic, *defaults

@@ -76,7 +76,7 @@ def _quantize_invalid(
 @op(
     version=1,
     constant=("dim", "group", "block_rows", "pow2", "kind"),
-    variable=("tokens",),
+    variable={"tokens": "x[0]"},
     inputs=_quantize_inputs,
     cases=(
         *(
@@ -171,7 +171,7 @@ def _dequantize_invalid(
 @op(
     version=1,
     constant=("dim", "group", "block_rows", "fp32"),
-    variable=("tokens",),
+    variable={"tokens": "values[0]"},
     inputs=_dequantize_inputs,
     cases=(
         case("empty", tokens=0, dim=128, group=128, block_rows=1, fp32=False),
