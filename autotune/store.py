@@ -1,9 +1,10 @@
 """Tables of winners: which implementation of an op was fastest, by ranges of its variable axes.
 
-A table is a YAML file with a stamp that says where it was measured. The tables shipped with a backend
-(`backends/<backend>/tuned/*.yaml`) are read first, then this user's own (`$DSA_HAL_CACHE/tuned/`), op by
-op, so that a local measurement wins. A table stamped for another device or contract is passed over with
-one line in the log; a table that cannot be read is an error that names the file.
+A table is a YAML file with a stamp that says where it was measured. The tables shipped with a
+backend (`backends/<backend>/tuned/*.yaml`) are read first, then this user's own
+(`$DSA_HAL_CACHE/tuned/`), op by op, so that a local measurement wins. A table stamped for another
+device or contract is passed over with one line in the log; a table that cannot be read is an error
+that names the file.
 
     stamp: {backend: cuda, arch: sm90, device: NVIDIA H200, torch: 2.11.0}
     ops:
@@ -30,6 +31,7 @@ from dsa_hal import env
 from dsa_hal.errors import ConfigError
 from dsa_hal.log import logger
 from dsa_hal.target import Target, packages
+
 
 @dataclass(frozen=True)
 class Winner:
@@ -129,7 +131,10 @@ def _read(path: Path) -> dict[str, Any]:
         isinstance(table, dict)
         and isinstance(table.get("stamp"), dict)
         and isinstance(table.get("ops"), dict)
-        and all(isinstance(e, dict) and isinstance(e.get("winners"), list) for e in table["ops"].values())
+        and all(
+            isinstance(e, dict) and isinstance(e.get("winners"), list)
+            for e in table["ops"].values()
+        )
     ):
         raise ConfigError(f"{path} is no tuning table (no stamp or ops); delete it or tune anew")
     return table
@@ -141,6 +146,6 @@ def _winner(path: Path, op: str, axes: Sequence[str], row: Any) -> Winner:
         if set(sizes) == set(axes) and all(isinstance(n, int) for n in sizes.values()):
             return Winner(sizes, row["impl"])
     raise ConfigError(
-        f"{path}: {op} has the entry {row!r}; expected impl and whole numbers for {', '.join(axes)};"
-        " delete the file or tune anew"
+        f"{path}: {op} has the entry {row!r}; expected impl and whole numbers for"
+        f" {', '.join(axes)}; delete the file or tune anew"
     )

@@ -1,1 +1,2 @@
-"""Backends: a folder each, found by its name; `portable` holds kernel bodies that several register."""
+"""Backends: a folder each, found by its name; `portable` holds kernel bodies that several register.
+"""

@@ -127,11 +127,12 @@ def strided(inputs: Inputs) -> Inputs:
     def view(_: str, t: Tensor) -> Tensor:
         if t.dim() == 0 or t.numel() == 0:
             return t.clone()
-        gap = 16 if t.dim() > 1 else 0
-        room = torch.zeros(
-            (t.shape[0] + 1, *t.shape[1:-1], t.shape[-1] + gap), dtype=t.dtype, device=t.device
-        ) if t.dim() > 1 else torch.zeros(t.shape[0] + 1, dtype=t.dtype, device=t.device)
-        inside = room[1:] if t.dim() == 1 else room[1:, ..., : t.shape[-1]]
+        shape = (t.shape[0] + 1, *t.shape[1:])
+        if t.dim() > 1:
+            shape = (*shape[:-1], shape[-1] + 16)
+        inside = t.new_zeros(shape)[1:]
+        if t.dim() > 1:
+            inside = inside[..., : t.shape[-1]]
         inside.copy_(t)
         return inside
 
@@ -139,7 +140,8 @@ def strided(inputs: Inputs) -> Inputs:
 
 
 def poison(t: Tensor, mask: Tensor) -> Tensor:
-    """A copy of `t` with NaN (bytes and FP8: 0xFF; integers: the largest value) where `mask` is set."""
+    """A copy of `t` with NaN (bytes and FP8: 0xFF; integers: the largest value) where `mask` is
+    set."""
     t = t.clone()
     if t.dtype == torch.float8_e4m3fn:
         t.view(torch.uint8)[mask] = 0xFF
@@ -164,7 +166,12 @@ def dirty_memory() -> Iterator[None]:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Dirty(TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def __init__(self) -> None:
+            super().__init__()  # type: ignore[no-untyped-call]
+
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
             out = func(*args, **(kwargs or {}))
             if "empty" in func.name() and isinstance(out, Tensor) and out.numel():
                 everything = torch.ones(out.shape, dtype=torch.bool, device=out.device)
@@ -181,8 +188,8 @@ FENCE = 64
 
 @dataclass
 class Fenced:
-    """Inputs that lie between sentinels. After a call, `broken()` names every tensor whose fence was
-    written, and every input that changed though the op does not say it mutates it."""
+    """Inputs that lie between sentinels. After a call, `broken()` names every tensor whose fence
+    was written, and every input that changed though the op does not say it mutates it."""
 
     inputs: Inputs
     mutates: Sequence[str]

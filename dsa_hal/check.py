@@ -1,10 +1,11 @@
-"""Comparisons of an answer with the reference's. Each returns findings, never a bare bool, so that a
-red case says which output failed, by which measure, by how much."""
+"""Comparisons of an answer with the reference's. Each returns findings, never a bare bool, so that
+a red case says which output failed, by which measure, by how much."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -23,7 +24,8 @@ class Finding:
 
     def __str__(self) -> str:
         value = f"{self.value:.3g}" if isinstance(self.value, float) else self.value
-        return f"{self.output}: {self.measure} {value} ({'within' if self.ok else 'bound'} {self.bound})"
+        side = "within" if self.ok else "bound"
+        return f"{self.output}: {self.measure} {value} ({side} {self.bound})"
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ Comparison = Callable[[str, Tensor, Tensor], list[Finding]]
 
 
 def each(**comparisons: Comparison) -> Check:
-    """The check that compares output by output, in the order given; shape, dtype and count come first."""
+    """The check that compares output by output, in the order given; shape, dtype and count come
+    first."""
 
     def check(got: Sequence[Tensor], want: Sequence[Tensor], inputs: Inputs) -> Report:
         findings = count(got, want)
@@ -98,7 +101,9 @@ def close(*, abs: float, rel: float, cos: float | None = None) -> Comparison:
         error = (g - w).abs()
         excess = torch.minimum(error / abs, error / w.abs().clamp_min(1e-300) / rel)
         worst = float(excess.max())
-        findings.append(Finding(name, f"error / max({abs:g} abs, {rel:g} rel)", worst, 1.0, worst <= 1))
+        findings.append(
+            Finding(name, f"error / max({abs:g} abs, {rel:g} rel)", worst, 1.0, worst <= 1)
+        )
         if cos is not None:
             findings += calc_diff(cos)(name, got, want)
         return findings
@@ -108,8 +113,8 @@ def close(*, abs: float, rel: float, cos: float | None = None) -> Comparison:
 
 def calc_diff(bound: float) -> Comparison:
     """DeepGEMM's measure: 1 - 2<a,b>/(aa+bb) over the finite elements, in fp64, plus a bound on the
-    single worst element (16 times the root of `bound`, relative to the largest), which the mean of a
-    large matrix would hide."""
+    single worst element (16 times the root of `bound`, relative to the largest), which the mean of
+    a large matrix would hide."""
 
     def compare(name: str, got: Tensor, want: Tensor) -> list[Finding]:
         findings, finite = _special(name, got, want)
@@ -136,7 +141,8 @@ def bitwise(name: str, got: Tensor, want: Tensor) -> list[Finding]:
 
 
 def codes(steps: int) -> Comparison:
-    """FP8 codes at most `steps` neighbours apart (codes ordered by value, zero of both signs equal)."""
+    """FP8 codes at most `steps` neighbours apart (codes ordered by value, zero of both signs
+    equal)."""
 
     def order(t: Tensor) -> Tensor:
         raw = t.contiguous().view(torch.uint8).to(torch.int16)
@@ -153,4 +159,3 @@ def codes(steps: int) -> Comparison:
 def anything(name: str, got: Tensor, want: Tensor) -> list[Finding]:
     """Only shape and dtype matter; for outputs whose values another comparison judges."""
     return []
-

@@ -1,4 +1,5 @@
-"""Every environment variable of dsa_hal: its name, type, default and meaning. Read here and nowhere else."""
+"""Every environment variable of dsa_hal: its name, type, default and meaning. Read here and nowhere
+else."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Variable(Generic[T]):
-    """One environment variable. `read()` parses it anew on each call; callers cache what they need."""
+    """One environment variable. `read()` parses it anew on each call; callers cache what they
+    need."""
 
     name: str
     type: str

@@ -1,4 +1,5 @@
-"""The second face of every op, `torch.ops.dsa_hal.<op>`, for compilers, graph capture and other runtimes.
+"""The second face of every op, `torch.ops.dsa_hal.<op>`, for compilers, graph capture and other
+runtimes.
 
 The schema is read off the reference's signature, the fake is the reference on meta tensors, mutated
 arguments are annotated. Our own model never goes through here: the dispatcher costs microseconds.
@@ -11,7 +12,8 @@ from typing import Any
 import torch
 from torch.library import Library, infer_schema, register_fake
 
-from dsa_hal.registry import OPS, Op
+from dsa_hal.registry import Op
+from dsa_hal.selection import OPS
 
 NAMESPACE = "dsa_hal"
 

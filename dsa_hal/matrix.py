@@ -1,8 +1,9 @@
-"""The matrix, op x implementation x case x twist, judged in one place: pytest, `dsa-hal test`, `doctor`
-and `bench` all ask here, so a timed shape is a tested shape."""
+"""The matrix, op x implementation x case x twist, judged in one place: pytest, `dsa-hal test`,
+`doctor` and `bench` all ask here, so a timed shape is a tested shape."""
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,9 @@ from dsa_hal.case import (
     strided,
 )
 from dsa_hal.check import Report
-from dsa_hal.registry import DETERMINISTIC, OPS, REFERENCE, Impl, Op, selection, use
+from dsa_hal.registry import Impl, Op
+from dsa_hal.selection import DETERMINISTIC, OPS, selection, use
+from dsa_hal.target import REFERENCE
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,7 @@ class Limit:
         return cost.flop <= self.flop and cost.bytes <= self.bytes
 
 
-DEFAULT_RUN = Limit(flop=2e10, bytes=2e8)
+DEFAULT_RUN = Limit(flop=4e9, bytes=3e7)
 """What a processor with two cores judges in seconds."""
 
 
@@ -59,10 +62,12 @@ class Outcome:
 
     status  "ok", "refused" (the implementation said why it cannot) or "failed"
     detail  the refusal, or what went wrong, under which twist, by how much
+    trace   the traceback, where the implementation raised
     """
 
     status: str
     detail: str = ""
+    trace: str = ""
 
 
 def cost_of(op: Op[..., Any], case: Case) -> Cost:
@@ -121,6 +126,15 @@ def judge(row: Row) -> Outcome:
     return Outcome("ok")
 
 
+def attempt(row: Row) -> Outcome:
+    """`judge`, but what the implementation raises is a failed outcome: other rows follow."""
+    try:
+        return judge(row)
+    except Exception as error:
+        raised = f"raised {type(error).__name__}: {error}"
+        return Outcome("failed", raised, traceback.format_exc())
+
+
 def _problems(
     op: Op[..., Any], impl: Impl[..., Any], inputs: Inputs, want: Sequence[Tensor]
 ) -> Iterator[tuple[str, str]]:
@@ -147,7 +161,8 @@ def _problems(
 
 def _strided(inputs: Inputs) -> Inputs:
     """Views with gaps, but for caches, whose memory layout is the point."""
-    kept = {name: inputs[name] for name in ("pages",) if name in inputs}
+    caches = ("pages", "kv") if inputs.get("layout") else ("pages",)
+    kept = {name: inputs[name] for name in caches if name in inputs}
     return {**strided(inputs), **copied(kept)}
 
 

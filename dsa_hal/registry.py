@@ -1,9 +1,8 @@
 """Ops and their implementations.
 
 An `Op` is declared by its plain-torch fp32 reference, a `Composite` by a body written with other
-ops. Implementations attach from `backends/<backend>/<op>.py`, a file that is imported when the op is
-first selected. `select` answers for one call, `bind` once for good.
-"""
+ops. Implementations attach from `backends/<backend>/<op>.py`, a file that is imported when the op
+is first selected. `select` answers for one call, `bind` once for good."""
 
 from __future__ import annotations
 
@@ -19,21 +18,12 @@ from dsa_hal.autotune.store import Winner
 from dsa_hal.case import Case, Cost, Inputs
 from dsa_hal.check import Check
 from dsa_hal.errors import BadInput, ConfigError
-from dsa_hal.selection import (  # noqa: F401
-    DETERMINISTIC,
-    OPS,
-    Unsupported,
-    Verdict,
-    current,
-    explain,
-    selection,
-    use,
-    Selection,
-)
+from dsa_hal.selection import DETERMINISTIC, OPS, Unsupported, selection, use
 from dsa_hal.target import REFERENCE, Target, packages
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
 
 @dataclass(frozen=True, slots=True)
 class Impl(Generic[P, R]):
@@ -72,7 +62,8 @@ class Op(Generic[P, R]):
     version    of the contract; implementations state the one they were written for
     constant   axes that predicates may read (head dims, k, page size)
     variable   axes that only tuning may read (tokens, context, batch), and where each is found in a
-               call: "q[0]" is the size of argument q along its first axis, "max_len" a plain argument
+               call: "q[0]" is the size of argument q along its first axis, "max_len" a plain
+               argument
     inputs     makes the arguments of one case from its axes; works on the meta device too
     cases      small awkward shapes, the traps, and the model's true shapes
     check      compares an implementation's outputs with the reference's
@@ -122,7 +113,7 @@ class Op(Generic[P, R]):
                 _same_arguments(self.name, reference, companion)
         if OPS.setdefault(self.name, self) is not self:
             raise ValueError(
-                f"op {self.name} is declared twice; import it as dsa_hal.ops.{self.family}.{self.name}"
+                f"op {self.name} is declared twice; import it from dsa_hal.ops.{self.family}"
             )
 
     def __repr__(self) -> str:
@@ -169,7 +160,8 @@ class Op(Generic[P, R]):
         return register
 
     def implementations(self, target: Target) -> tuple[Impl[P, R], ...]:
-        """Everything registered for a target's backend, best rank first; imports this op's files."""
+        """Everything registered for a target's backend, best rank first; imports this op's
+        files."""
         if target.backend != REFERENCE.backend:
             for package in packages()[target.backend]:
                 _load(f"{package}.{self.name}")
@@ -177,15 +169,21 @@ class Op(Generic[P, R]):
         return (*sorted(here, key=lambda i: -i.rank), *self._always())
 
     def _always(self) -> tuple[Impl[P, R], ...]:
-        return (Impl(self.name, "reference", "reference", self.reference, _can_run,
-                     promises=frozenset({DETERMINISTIC, *self.requires, "ties=lower"})),)  # fmt: skip
+        return (self._all_promises("reference", "reference", self.reference),)
+
+    def _all_promises(
+        self, backend: str, name: str, fn: Callable[P, R], rank: int = 0
+    ) -> Impl[P, R]:
+        """An implementation that keeps whatever the op can be asked to keep."""
+        promises = frozenset({DETERMINISTIC, "ties=lower", *self.requires})
+        return Impl(self.name, backend, name, fn, _can_run, rank=rank, promises=promises)
 
     # -- choosing ------------------------------------------------------------------------------
 
     def select(self, *args: P.args, **kwargs: P.kwargs) -> Impl[P, R]:
         """The implementation that serves these arguments (tensor data is not read; meta will do).
 
-        Raises BadInput for arguments that break the op's contract, Unsupported if nobody serves them.
+        Raises BadInput for arguments that break the op's contract, Unsupported if nobody can serve.
         """
         if (wrong := self.invalid(*args, **kwargs)) is not None:
             raise BadInput(f"{self.name}: {wrong}")
@@ -203,7 +201,7 @@ class Op(Generic[P, R]):
         verdicts = chosen.verdicts(self, args, kwargs)
         raise Unsupported(self.name, chosen.target, verdicts, chosen.hint(self))
 
-    def _fit(self, candidates: Sequence[Impl[..., Any]], args: Any, kwargs: Any) -> list[Impl[..., Any]]:
+    def _fit(self, candidates: Sequence[Impl[P, R]], args: Any, kwargs: Any) -> list[Impl[P, R]]:
         """The implementations that can serve these arguments, best rank first."""
         wanted = self.requests(*args, **kwargs) if self.requests is not None else frozenset()
         return [
@@ -214,9 +212,9 @@ class Op(Generic[P, R]):
         return self.select(*args, **kwargs).fn(*args, **kwargs)
 
     def bind(self, *args: P.args, **kwargs: P.kwargs) -> Callable[P, R]:
-        """The function that serves arguments like these: `select` once, then call it directly. Where
-        tuning found different winners in different ranges of the variable axes, a function that
-        looks up the range of each call."""
+        """The function that serves arguments like these: `select` once, then call it directly.
+        Where tuning found different winners in different ranges of the variable axes, a function
+        that looks up the range of each call."""
         first = self.select(*args, **kwargs)
         candidates, winners = selection().candidates(self)
         if winners:
@@ -225,7 +223,7 @@ class Op(Generic[P, R]):
                 return self._by_range(fit, winners)
         return first.fn
 
-    def _by_range(self, fit: Sequence[Impl[..., Any]], winners: tuple[Winner, ...]) -> Callable[P, R]:
+    def _by_range(self, fit: Sequence[Impl[P, R]], winners: tuple[Winner, ...]) -> Callable[P, R]:
         by_range: dict[tuple[int, ...], Callable[P, R]] = {}
         sizes = self.sizes
 
@@ -241,8 +239,9 @@ class Op(Generic[P, R]):
 
 
 class Composite(Op[P, R]):
-    """An op whose meaning is a body written with other ops (`uses`). Every backend that serves those
-    has it; a backend may register one fused implementation, which then ranks before the body."""
+    """An op whose meaning is a body written with other ops (`uses`). Every backend that serves
+    those has it; a backend may register one fused implementation, which then ranks before the
+    body."""
 
     kind = "composite"
 
@@ -259,9 +258,8 @@ class Composite(Op[P, R]):
         super().__init__(reference, **facts)
 
     def _always(self) -> tuple[Impl[P, R], ...]:
-        made_of: Impl[P, R] = Impl(self.name, "any", "composite", self.body, _can_run, rank=-1,
-                       promises=frozenset({DETERMINISTIC, *self.requires, "ties=lower"}))  # fmt: skip
-        return (made_of, *super()._always())
+        made_of_parts = self._all_promises("any", "composite", self.body, rank=-1)
+        return (made_of_parts, *super()._always())
 
 
 def op(**facts: Any) -> Callable[[Callable[P, R]], Op[P, R]]:
@@ -278,8 +276,8 @@ def composite(**facts: Any) -> Callable[[Callable[P, R]], Composite[P, R]]:
 
 
 def _nearest(
-    fit: Sequence[Impl[..., Any]], winners: Sequence[Winner], sizes: Mapping[str, int]
-) -> Impl[..., Any]:
+    fit: Sequence[Impl[P, R]], winners: Sequence[Winner], sizes: Mapping[str, int]
+) -> Impl[P, R]:
     """The fitting implementation that won nearest to these sizes; without one, the best by rank."""
     by_name = {impl.name: impl for impl in fit}
     able = [w for w in winners if w.impl in by_name]
@@ -319,9 +317,7 @@ def _load(module: str) -> None:
             raise
 
 
-def _same_arguments(
-    label: str, reference: Callable[..., Any], other: Callable[..., Any]
-) -> None:
+def _same_arguments(label: str, reference: Callable[..., Any], other: Callable[..., Any]) -> None:
     """Refuse a function whose argument names, kinds or defaults differ from the reference's."""
     if _arguments(reference) != _arguments(other):
         raise ConfigError(
@@ -331,13 +327,13 @@ def _same_arguments(
 
 
 def _arguments(fn: Callable[..., Any]) -> Any:
-    """What two functions must share to take the same calls. Read off the code object, since hundreds of
-    `inspect.signature` would be felt at import."""
+    """What two functions must share to take the same calls. Read off the code object, since
+    hundreds of `inspect.signature` would be felt at import."""
     fn = inspect.unwrap(fn)
     code = getattr(fn, "__code__", None)
     if code is None:
         return inspect.signature(fn)
     count = code.co_argcount + code.co_kwonlyargcount
     variadic = code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS)
-    defaults = fn.__defaults__, fn.__kwdefaults__  # type: ignore[attr-defined]
+    defaults = fn.__defaults__, fn.__kwdefaults__
     return code.co_varnames[:count], code.co_argcount, variadic, *defaults

@@ -1,5 +1,5 @@
-"""What is chosen from, and by whose wish: the selection in force, `use()`, and the verdicts that say
-why an implementation serves or does not.
+"""What is chosen from, and by whose wish: the selection in force, `use()`, and the verdicts that
+say why an implementation serves or does not.
 
 Four questions are kept apart, and each refusal says which one failed: importable? device? promise?
 shape?
@@ -13,7 +13,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from dsa_hal import env, log
 from dsa_hal.autotune import store
@@ -23,6 +23,9 @@ from dsa_hal.target import REFERENCE, Target, detect, implements
 
 if TYPE_CHECKING:
     from dsa_hal.registry import Impl, Op
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 OPS: dict[str, Op[..., Any]] = {}
 """Every op declared so far, by name."""
@@ -41,13 +44,15 @@ class Verdict:
 
 
 class Unsupported(DsaHalError):
-    """No implementation can serve a request; the message lists every candidate with its sentence."""
+    """No implementation can serve a request; the message lists every candidate with its
+    sentence."""
 
-    def __init__(self, op: str, target: Target, verdicts: Sequence[Verdict], hint: str = "") -> None:
+    def __init__(
+        self, op: str, target: Target, verdicts: Sequence[Verdict], hint: str = ""
+    ) -> None:
         self.op, self.target, self.verdicts = op, target, tuple(verdicts)
         reasons = "; ".join(f"{v.impl.label}: {v.reason}" for v in verdicts if v.question != "ok")
         super().__init__(f"{op} on {target}: {reasons or hint or 'no implementation'}")
-
 
 
 @dataclass(frozen=True)
@@ -58,18 +63,18 @@ class Selection:
     named: Mapping[str, str] = field(default_factory=dict)
     deterministic: bool = False
     logging: bool = False
-    _known: dict[str, tuple[tuple[Impl[..., Any], ...], tuple[Winner, ...]]] = field(
+    _known: dict[str, tuple[tuple[Any, ...], tuple[Winner, ...]]] = field(
         default_factory=dict, compare=False
     )
 
-    def candidates(self, op: Op[..., Any]) -> tuple[tuple[Impl[..., Any], ...], tuple[Winner, ...]]:
+    def candidates(self, op: Op[P, R]) -> tuple[tuple[Impl[P, R], ...], tuple[Winner, ...]]:
         """Implementations whose static facts fit, in order of preference, and what tuning knows of
         them (nothing where one is named explicitly). Worked out once per op."""
         try:
             return self._known[op.name]
         except KeyError:
             pass
-        fit = [v.impl for v in self._static(op) if v.question == "ok"]
+        fit: list[Any] = [v.impl for v in self._static(op) if v.question == "ok"]
         if self.logging:
             fit = [replace(i, fn=log.logged(f"{op.name} {i.label}", i.fn)) for i in fit]
         winners: tuple[Winner, ...] = ()
@@ -146,7 +151,8 @@ def selection() -> Selection:
 
 @cache
 def _wishes() -> Selection:
-    """What the environment says apart from the device, which need not be present to be left alone."""
+    """What the environment says apart from the device, which need not be present to be left
+    alone."""
     named = env.IMPL.read()
     _known_ops(named, env.IMPL.name)
     logging = env.LOG.read() == "ops"
@@ -158,9 +164,7 @@ def _wishes() -> Selection:
 @cache
 def _from_environment() -> Selection:
     wishes = _wishes()
-    return Selection(
-        detect(env.BACKEND.read()), wishes.named, wishes.deterministic, wishes.logging
-    )
+    return Selection(detect(env.BACKEND.read()), wishes.named, wishes.deterministic, wishes.logging)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from dsa_hal.registry import OPS, Verdict, selection
+from dsa_hal.selection import OPS, Verdict, selection
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,10 @@ def support(*names: str) -> list[Support]:
     """A row per op and implementation, in order of preference; `names` narrows the ops."""
     rows: list[Support] = []
     for op in (OPS[name] for name in (names or OPS)):
-        asked = {case.name: selection().verdicts(op, (), case.make(op.inputs, "meta")) for case in op.cases}
+        asked = {
+            case.name: selection().verdicts(op, (), case.make(op.inputs, "meta"))
+            for case in op.cases
+        }
         for at, static in enumerate(selection().verdicts(op)):
             answers = {name: verdicts[at] for name, verdicts in asked.items()}
             rows.append(
@@ -39,5 +42,3 @@ def support(*names: str) -> list[Support]:
                 )
             )
     return rows
-
-

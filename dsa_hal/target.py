@@ -41,8 +41,8 @@ REFERENCE = Target("reference", "any", name="fp32 references in plain torch")
 @cache
 def packages() -> dict[str, tuple[str, ...]]:
     """Backend name -> the packages that hold its implementations: the folders of backends/, then
-    installed packages of the entry-point group `dsa_hal.backends` (name = backend, value = package).
-    """
+    installed packages of the entry-point group `dsa_hal.backends` (name = backend, value =
+    package)."""
     home = importlib.import_module("dsa_hal.backends")
     found: dict[str, tuple[str, ...]] = {
         module.name: (f"{home.__name__}.{module.name}",)

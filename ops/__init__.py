@@ -1,6 +1,8 @@
-"""The ops: what each means. A file per family; a new op is a new function in one, and edits no list.
+"""The ops: what each means. A file per family; a new op is a new function in one, and no list is
+edited.
 
-`dsa_hal.ops.sparse_mla`, or, for editors and type checkers, `from dsa_hal.ops.attention import sparse_mla`.
+`dsa_hal.ops.sparse_mla`, or, for editors and type checkers, from its family:
+`from dsa_hal.ops.attention import sparse_mla`.
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ import importlib
 import pkgutil
 from typing import Any
 
-from dsa_hal.registry import OPS, Op
+from dsa_hal.registry import Op
+from dsa_hal.selection import OPS
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"dsa_hal.ops.{_module.name}")

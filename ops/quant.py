@@ -15,7 +15,8 @@ FP8_MAX = 448.0
 """Largest finite e4m3fn value."""
 
 AMAX_FLOOR = 1e-4
-"""Groups whose largest magnitude is below this are scaled as if it were this (the model's own rule)."""
+"""Groups whose largest magnitude is below this are scaled as if it were this (the model's own
+rule)."""
 
 
 def blocks(size: int, block: int) -> int:
@@ -24,14 +25,15 @@ def blocks(size: int, block: int) -> int:
 
 
 def spread(scale: Tensor, rows: int, cols: int, block_rows: int, group: int) -> Tensor:
-    """Block scales [..., row blocks, col blocks] repeated to elements [..., rows, cols], as a copy."""
+    """Block scales [..., row blocks, col blocks] repeated to elements [..., rows, cols], as a
+    copy."""
     scale = scale.repeat_interleave(group, -1)[..., :cols]
     return scale if block_rows == 1 else scale.repeat_interleave(block_rows, -2)[..., :rows, :]
 
 
 def power_of_two(scale: Tensor) -> Tensor:
-    """The smallest power of two that is not below `scale` (fp32, positive, normal), worked out on the
-    bits: exact powers stay, any mantissa adds one to the exponent."""
+    """The smallest power of two that is not below `scale` (fp32, positive, normal), worked out on
+    the bits: exact powers stay, any mantissa adds one to the exponent."""
     bits = scale.view(torch.int32)
     exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0)
     return (exponent << 23).view(torch.float32)
@@ -93,10 +95,39 @@ def _quantize_invalid(
                 ("partial", 3, 200, 128, 1, True, "plain"),
             )
         ),
-        case("floor", tokens=4, dim=256, group=128, block_rows=1, pow2=True, kind="tiny", traps=(8,)),
-        case("kv_a", tokens=576, dim=256, group=128, block_rows=128, pow2=False, kind="plain", traps=(24,)),
-        case("decode", model=True, tokens=64, dim=7168, group=128, block_rows=1, pow2=True, kind="plain"),
-        case("prefill", model=True, tokens=4096, dim=7168, group=128, block_rows=1, pow2=True, kind="plain"),
+        case(
+            "floor", tokens=4, dim=256, group=128, block_rows=1, pow2=True, kind="tiny", traps=(8,)
+        ),
+        case(
+            "kv_a",
+            tokens=576,
+            dim=256,
+            group=128,
+            block_rows=128,
+            pow2=False,
+            kind="plain",
+            traps=(24,),
+        ),
+        case(
+            "decode",
+            model=True,
+            tokens=64,
+            dim=7168,
+            group=128,
+            block_rows=1,
+            pow2=True,
+            kind="plain",
+        ),
+        case(
+            "prefill",
+            model=True,
+            tokens=4096,
+            dim=7168,
+            group=128,
+            block_rows=1,
+            pow2=True,
+            kind="plain",
+        ),
     ),
     check=each(values=bitwise, scale=bitwise),
     cost=_quantize_cost,

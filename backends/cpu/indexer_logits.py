@@ -9,9 +9,7 @@ from dsa_hal.ops.indexer import indexer_logits
 
 
 @indexer_logits.impl("cpu", "torch", contract=1)
-def tiled(
-    q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor, ks: Tensor, ke: Tensor
-) -> Tensor:
+def tiled(q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor, ks: Tensor, ke: Tensor) -> Tensor:
     """Tile by tile of rows and keys; per tile of keys, only the rows between the first and the last
     that see any of them."""
     (tokens, heads, _), context = q.shape, k.shape[0]

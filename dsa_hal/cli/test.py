@@ -1,0 +1,145 @@
+"""Judge implementations against the references on this device: op x implementation x case x twist.
+
+Twists: fences around every tensor, a bitwise repeat, strided inputs, NaN in all that must not be
+read and in fresh memory. Exit code 1 if a row fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import Counter
+from typing import Any
+
+from dsa_hal.case import Case
+from dsa_hal.cli import choose, output
+from dsa_hal.errors import BadInput
+from dsa_hal.matrix import DEFAULT_RUN, Limit, Outcome, Row, attempt, rows
+from dsa_hal.registry import Op
+from dsa_hal.selection import current, selection
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("ops", nargs="*", metavar="OP", help="ops to judge; default: all")
+    parser.add_argument("--impl", metavar="NAME", help="this implementation alone")
+    parser.add_argument("--case", nargs="+", action="extend", metavar="NAME", default=[],
+                        help="these cases alone, whatever they cost")  # fmt: skip
+    parser.add_argument("--max-gflop", type=choose.real(0), metavar="X",
+                        help=f"leave out costlier cases; default {DEFAULT_RUN.flop / 1e9:g}, and"
+                        f" {DEFAULT_RUN.bytes / 1e6:g} MB")  # fmt: skip
+    parser.add_argument("--backend", metavar="NAME", help="instead of DSA_HAL_BACKEND's")
+    parser.add_argument("--format", choices=output.FORMATS, default="table")
+
+
+def run(args: argparse.Namespace) -> int:
+    ops = choose.ops(args.ops)
+    known = {c.name for op in ops for c in op.cases}
+    for name in args.case:
+        if name not in known:
+            raise choose.unknown("case", name, known)
+    limit = DEFAULT_RUN if args.max_gflop is None else Limit(flop=args.max_gflop * 1e9)
+    with choose.backend(args.backend):
+        chosen = _chosen(ops, args.impl, limit, args.case)
+        if not chosen:
+            raise BadInput(f"nothing to judge on {current()}: no implementation has such a case")
+        began = time.monotonic()
+        judged = _judge_all(chosen)
+        _report(judged, args.format)
+        counts = Counter(outcome.status for _, outcome in judged)
+        words = ", ".join(f"{counts[status]} {status}" for status in ("ok", "refused", "failed"))
+        took = output.duration(time.monotonic() - began)
+        output.note(f"\n{words} on {current()} in {took}{_left_out(ops, chosen, args)}")
+    return 1 if counts["failed"] else 0
+
+
+def _chosen(ops: list[Op[..., Any]], impl: str | None, limit: Limit, cases: list[str]) -> list[Row]:
+    """Rows of the matrix; a named implementation that cannot be used here is an error."""
+    chosen = list(rows(ops, limit, cases))
+    if impl is None:
+        return chosen
+    named = [i for op in ops for i in op.implementations(current()) if i.name == impl]
+    if not named:
+        known = {i.name for op in ops for i in op.implementations(current())}
+        raise choose.unknown(f"implementation on {current()}", impl, known)
+    if impl == "reference":
+        raise BadInput(
+            "the reference is what the others are judged by; name another implementation"
+        )
+    mine = [row for row in chosen if row.impl.name == impl]
+    if not mine:
+        verdicts = [v for op in ops for v in selection().verdicts(op) if v.impl.name == impl]
+        reasons = "; ".join(f"{v.impl.op}: {v.reason}" for v in verdicts if v.reason)
+        raise BadInput(f"{impl} has nothing to judge on {current()}: {reasons or 'no such case'}")
+    return mine
+
+
+def _judge_all(chosen: list[Row]) -> list[tuple[Row, Outcome]]:
+    """Judge row by row; the traceback of what an implementation raises goes to stderr."""
+    judged = []
+    with output.progress("judging") as step:
+        for at, row in enumerate(chosen):
+            outcome = attempt(row)
+            if outcome.trace:
+                output.note(f"{row.id}:\n{outcome.trace}")
+            judged.append((row, outcome))
+            step(at + 1, len(chosen))
+    return judged
+
+
+def _report(judged: list[tuple[Row, Outcome]], form: str) -> None:
+    if form == "table":
+        _table(judged)
+        return
+    records = [
+        {
+            "target": str(current()),
+            "op": row.op.name,
+            "impl": row.impl.label,
+            "case": row.case.name,
+            "status": outcome.status,
+            "detail": outcome.detail,
+        }
+        for row, outcome in judged
+    ]
+    text = output.as_json(records) if form == "json" else output.as_csv(tuple(records[0]), records)
+    print(text, end="")
+
+
+def _table(judged: list[tuple[Row, Outcome]]) -> None:
+    """A line per op and implementation, then every row that failed."""
+    counts: dict[tuple[str, str], Counter[str]] = {}
+    for row, outcome in judged:
+        counts.setdefault((row.op.name, row.impl.label), Counter())[outcome.status] += 1
+    lines = [
+        (
+            *names,
+            count["ok"],
+            count["refused"],
+            count["failed"],
+            "failed" if count["failed"] else "ok",
+        )
+        for names, count in counts.items()
+    ]
+    columns = ("op", "implementation", "ok", "refused", "failed", "")
+    output.table(columns, lines, right=("ok", "refused", "failed"))
+    failed = [(r, o) for r, o in judged if o.status == "failed"]
+    for row, outcome in failed:
+        print(f"\n{row.op.name} {row.impl.label}, case {row.case.name}: {outcome.detail}")
+        print(f"  axes: {_axes(row.case)}")
+
+
+def _axes(case: Case) -> str:
+    return " ".join(f"{axis}={value}" for axis, value in case.axes.items())
+
+
+def _left_out(ops: list[Op[..., Any]], judged: list[Row], args: argparse.Namespace) -> str:
+    """What was not judged and why, for the closing line."""
+    words = ""
+    served = {row.op.name for row in rows(ops, Limit())}
+    if costly := sum(args.impl in (None, r.impl.name) for r in rows(ops, Limit(), args.case)) - len(
+        judged
+    ):
+        words += f"; {costly} costlier left out (--max-gflop)"
+    if nobody := [op.name for op in ops if op.name not in served]:
+        words += f"; nothing serves {', '.join(nobody)}"
+    return words

@@ -1,0 +1,113 @@
+"""Continuing prompts: greedy or sampled, a ragged batch at a time, repeatable by seed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from dsa_hal.errors import BadInput
+from dsa_hal.model.transformer import PREFILL_CHUNK, Transformer
+
+
+def generate(
+    model: Transformer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop_ids: Sequence[int] | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+    on_token: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[int]]:
+    """New token ids for each prompt, without the stop token that ended it.
+
+    prompts         token ids; lengths may differ, and no prompt influences another
+    max_new_tokens  at most so many; fewer if a stop token comes or `model.max_context` is reached
+    temperature     0 takes the likeliest token; else softmax(logits / temperature) in fp32
+    top_p           sample among the likeliest tokens whose probabilities first reach it, in (0, 1]
+    seed            row i draws from a generator of its own, seeded with seed + i
+    stop_ids        None = the config's eos tokens
+    on_token        called as (row, token id) for every new token, in the order they come
+    progress        called as (prompt tokens stored, prompt tokens in all) while prompts are read
+
+    Raises BadInput for values outside these ranges, before anything is computed.
+    """
+    stops = frozenset(model.config.eos_token_ids if stop_ids is None else stop_ids)
+    if max_new_tokens < 0:
+        raise BadInput(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
+    choose = Sampler(temperature, top_p, seed)
+    checked = [model.checked(prompt) for prompt in prompts]
+    out: list[list[int]] = [[] for _ in checked]
+    if not checked or max_new_tokens == 0:
+        return out
+    room = [min(len(p) + max_new_tokens, model.max_context) for p in checked]
+    for prompt, most in zip(checked, room, strict=True):
+        if len(prompt) == most:
+            raise BadInput(
+                f"a prompt of {most} tokens leaves no room to continue: this model takes {most} in"
+                " all; shorten the prompt"
+            )
+    cache, contexts = model.new_cache(room)
+    live: dict[int, int] = {}
+
+    def take(row: int, logits: Tensor) -> None:
+        """Choose row's next token; `live` keeps the rows that go on."""
+        token = choose(row, logits)
+        live.pop(row, None)
+        if token not in stops:
+            out[row].append(token)
+            if on_token is not None:
+                on_token(row, token)
+            if len(checked[row]) + len(out[row]) < room[row]:
+                live[row] = token
+
+    stored, total = 0, sum(map(len, checked))
+    for step, logits in model.prefill(cache, contexts, checked, chunk=prefill_chunk):
+        ended = [piece.request for piece in step if piece.last]
+        for row, row_logits in zip(ended, logits, strict=True):
+            take(row, row_logits)
+        stored += sum(piece.stop - piece.start for piece in step)
+        if progress is not None:
+            progress(stored, total)
+    while live:
+        rows = sorted(live)
+        tokens = torch.tensor([[live[row]] for row in rows])
+        logits = model.decode(cache, [contexts[row] for row in rows], tokens)
+        for row, row_logits in zip(rows, logits[:, -1], strict=True):
+            take(row, row_logits)
+    return out
+
+
+class Sampler:
+    """Picks one token from logits [vocab]; the same seed picks the same tokens, whatever else runs.
+
+    Draws come from generators of its own on the CPU, one per row, never from torch's global one.
+    """
+
+    def __init__(self, temperature: float, top_p: float, seed: int) -> None:
+        if not (math.isfinite(temperature) and temperature >= 0):
+            raise BadInput(f"temperature is {temperature}; it must be 0 (greedy) or above 0")
+        if not 0 < top_p <= 1:
+            raise BadInput(f"top_p is {top_p}; it must be above 0 and at most 1")
+        if not 0 <= seed < 1 << 63:
+            raise BadInput(f"seed is {seed}; it must be an integer from 0 to 2^63 - 1")
+        self._temperature, self._top_p, self._seed = temperature, top_p, seed
+        self._generators: dict[int, torch.Generator] = {}
+
+    def __call__(self, row: int, logits: Tensor) -> int:
+        if self._temperature == 0:
+            return int(logits.argmax())
+        if row not in self._generators:
+            self._generators[row] = torch.Generator().manual_seed((self._seed + row) % (1 << 63))
+        # Subtracting the largest logit first keeps a tiny temperature from overflowing to infinity.
+        scaled = (logits.float().cpu() - logits.max().cpu()) / self._temperature
+        kept, order = torch.softmax(scaled, -1).sort(descending=True, stable=True)
+        before = kept.cumsum(-1) - kept
+        kept = kept.masked_fill(before >= self._top_p, 0)
+        return int(order[torch.multinomial(kept, 1, generator=self._generators[row])])
