@@ -133,6 +133,7 @@ def mla_attention(
     kv       layout "": [context, lora + rope], q's dtype, and indices are its rows; otherwise pages
              in `layout`, and indices are slots
     indices  [tokens, k] int32, -1 = no key; as in `sparse_mla`
+    softmax_scale  multiplies q . k; no default, see SOFTMAX_SCALE
     -> out   [tokens, heads, v] q's dtype; 0 for a query without keys
 
     What goes between the three steps is rounded to q's dtype. rope and nope follow from the widths

@@ -326,6 +326,7 @@ def sparse_mla_paged(
     pages        [pages, page_size, record], as KVLayout says of `layout`
     indices      [batch, next_n, k] int32 slots (page * page_size + offset), in any order, none
                  twice; -1 = no key, anywhere; others as in `sparse_mla`
+    softmax_scale  multiplies q . k; no default, see SOFTMAX_SCALE
     attn_sink    [heads] fp32 or None, as in `sparse_mla`
     topk_length  [batch, next_n] int32 or None, as in `sparse_mla`
     schedule, num_splits  what `plan` made of the batch * next_n lengths, or None; they say where

@@ -140,7 +140,11 @@ def indexer_topk(
 ) -> Tensor:  # fmt: skip
     """The keys that each query token attends to: the best `topk` of its range by `indexer_logits`.
 
-    q, k, k_scale, weights, ks, ke   as in `indexer_logits`
+    q          [tokens, heads, dim] e4m3 or float, as in `indexer_logits`, like what follows
+    k          [context, dim] q's dtype
+    k_scale    [context] fp32
+    weights    [tokens, heads] fp32
+    ks, ke     [tokens] int32, the range of rows that each token may use, ke not included
     topk       1 to 4096
     ties       as in `topk`
     logits_mb  MiB of scores that may exist at a time; a single row is always allowed
@@ -241,7 +245,12 @@ def indexer_topk_paged(
     """The positions that each query token of a request attends to: the best `topk` below its limit
     by `indexer_logits_paged`.
 
-    q, pages, weights, context_lens, block_table, layout, max_context_len   as in that op
+    q          [batch, next_n, heads, dim] e4m3 or float, as in that op, like what follows
+    pages      [pages, page_size, record], as KVLayout says of `layout`
+    weights    [batch * next_n, heads] fp32
+    context_lens  [batch, next_n] int32, how many positions each query sees
+    block_table   [batch, max_pages] int32
+    max_context_len  no context_lens is larger
     topk       1 to 4096
     ties       as in `topk`
     logits_mb  MiB of scores that may exist at a time; one request is always allowed

@@ -89,11 +89,20 @@ def _quantize_invalid(
                 ("odd", 63, 384, 128, 1, False, "plain"),
                 ("zeros", 5, 256, 128, 1, True, "zeros"),
                 ("outliers", 65, 256, 128, 1, True, "outliers"),
-                ("exact", 7, 256, 128, 1, True, "exact"),
                 ("fp32", 9, 256, 128, 1, True, "fp32"),
                 ("head64", 33, 64, 64, 1, True, "plain"),
                 ("partial", 3, 200, 128, 1, True, "plain"),
             )
+        ),
+        case(
+            "exact",
+            tokens=7,
+            dim=256,
+            group=128,
+            block_rows=1,
+            pow2=True,
+            kind="exact",
+            traps=(20,),
         ),
         case(
             "floor", tokens=4, dim=256, group=128, block_rows=1, pow2=True, kind="tiny", traps=(8,)
