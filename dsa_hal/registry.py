@@ -18,7 +18,7 @@ from dsa_hal.autotune.store import Winner
 from dsa_hal.case import Case, Cost, Inputs
 from dsa_hal.check import Check
 from dsa_hal.errors import BadInput, ConfigError
-from dsa_hal.selection import DETERMINISTIC, OPS, Unsupported, selection, use
+from dsa_hal.selection import COMPOSITE, DETERMINISTIC, OPS, Unsupported, selection, use
 from dsa_hal.target import REFERENCE, Target, packages
 
 P = ParamSpec("P")
@@ -146,7 +146,7 @@ class Op(Generic[P, R]):
                     f"{label} was written for contract {contract}, this op has {self.version};"
                     " install a version of that backend made for this dsa_hal"
                 )
-            if f"{backend}/{name}" in self._impls or name in ("reference", "composite"):
+            if f"{backend}/{name}" in self._impls or name in ("reference", COMPOSITE):
                 raise ConfigError(f"{label} is registered twice or uses a reserved name")
             _same_arguments(label, self.reference, fn)
             if why_not is not _can_run:
@@ -258,7 +258,7 @@ class Composite(Op[P, R]):
         super().__init__(reference, **facts)
 
     def _always(self) -> tuple[Impl[P, R], ...]:
-        made_of_parts = self._all_promises("any", "composite", self.body, rank=-1)
+        made_of_parts = self._all_promises("any", COMPOSITE, self.body, rank=-1)
         return (made_of_parts, *super()._always())
 
 

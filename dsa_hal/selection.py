@@ -34,6 +34,10 @@ DETERMINISTIC = "deterministic"
 """The promise that repeats on the same device and inputs are bitwise equal."""
 
 
+COMPOSITE = "composite"
+"""Name of the implementation that is a composite op's own body."""
+
+
 @dataclass(frozen=True)
 class Verdict:
     """What selection says of one implementation: the question that failed, and the sentence."""
@@ -75,6 +79,7 @@ class Selection:
         except KeyError:
             pass
         fit: list[Any] = [v.impl for v in self._static(op) if v.question == "ok"]
+        fit = [self._scope(i) if i.name == COMPOSITE else i for i in fit]
         if self.logging:
             fit = [replace(i, fn=log.logged(f"{op.name} {i.label}", i.fn)) for i in fit]
         winners: tuple[Winner, ...] = ()
@@ -83,6 +88,20 @@ class Selection:
             tuned = store.winners(op.name, op.version, op.variable, self.target)
             winners = tuple(w for w in tuned if w.impl in names)
         return self._known.setdefault(op.name, (tuple(fit), winners))
+
+    def _scope(self, impl: Impl[P, R]) -> Impl[P, R]:
+        """A composite's body chooses its parts when it runs: let it choose from here, wherever it
+        was bound and whatever is in force by then."""
+        body = impl.fn
+
+        def scoped(*args: P.args, **kwargs: P.kwargs) -> R:
+            token = _scoped.set(self)
+            try:
+                return body(*args, **kwargs)
+            finally:
+                _scoped.reset(token)
+
+        return replace(impl, fn=scoped)
 
     def verdicts(self, op: Op[..., Any], args: Any = None, kwargs: Any = None) -> list[Verdict]:
         """A verdict per implementation; with arguments, the shape question is asked as well."""
@@ -131,7 +150,7 @@ class Selection:
         if impl.arch and self.target.arch not in impl.arch:
             known = ", ".join(impl.arch)
             return Verdict(impl, "device", f"made for {known}, this is {self.target.arch}")
-        if impl.name == "composite":
+        if impl.name == COMPOSITE:
             for part in op.uses:
                 if not self.candidates(part)[0]:
                     return Verdict(impl, "device", f"needs {part.name}, which nothing serves here")

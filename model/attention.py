@@ -55,9 +55,7 @@ class AttentionOps:
         self.store_index_key = bind(
             store_index_key, keys, k, ints(2), layout=index_spec, pow2=f.pow2
         )
-        self.gather_latent = bind(
-            gather_latent, latents, ints(8), layout=latent_spec, out_dtype=x
-        )
+        self.gather_latent = bind(gather_latent, latents, ints(8), layout=latent_spec, out_dtype=x)
         self.gather_index_key = bind(gather_index_key, keys, ints(8), layout=index_spec)
         self.indexer_topk = bind(
             indexer_topk, q_index, key, meta(8), weights, ints(2), ints(2), topk
@@ -81,9 +79,7 @@ class Attention:
         c = load.checkpoint.config
         at = f"model.layers.{layer}.self_attn."
         self.config, self.formats, self.ops = c, load.formats, ops
-        self.down = load.linears(
-            at + "q_a_proj", at + "indexer.wk", at + "kv_a_proj_with_mqa"
-        )
+        self.down = load.linears(at + "q_a_proj", at + "indexer.wk", at + "kv_a_proj_with_mqa")
         self.up = load.linears(at + "q_b_proj", at + "indexer.wq_b")
         self.out = load.linears(at + "o_proj")
         self.weights_proj = load.exact(at + "indexer.weights_proj.weight")
@@ -103,9 +99,7 @@ class Attention:
         c, latent, x = self.config, self.formats.latent, self.formats.activations
         q, chosen = meta(2, c.num_attention_heads, c.qk_head_dim, dtype=x), ints(2, c.index_topk)
         rows, pages = meta(8, latent.width, dtype=x), latent.empty(1, PAGE_SIZE, "meta")
-        over_rows = bind(
-            mla_attention, q, self.kv_b, rows, chosen, softmax_scale=c.softmax_scale
-        )
+        over_rows = bind(mla_attention, q, self.kv_b, rows, chosen, softmax_scale=c.softmax_scale)
         over_pages = bind(
             mla_attention, q, self.kv_b, pages, chosen, softmax_scale=c.softmax_scale,
             layout=latent.spec,
@@ -168,9 +162,7 @@ class Attention:
             assert indices is not None
             return self._mla(q, self.kv_b, latent, indices, softmax_scale=c.softmax_scale)
         k, v = self._expanded(latent)
-        return ops.mha_prefill(
-            q, k, v, step.ks, step.ke, indices, softmax_scale=c.softmax_scale
-        )[0]
+        return ops.mha_prefill(q, k, v, step.ks, step.ke, indices, softmax_scale=c.softmax_scale)[0]
 
     def _expanded(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """Latents [context, lora + rope] -> keys [context, heads, nope + rope] and values

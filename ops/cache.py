@@ -196,9 +196,7 @@ def _store_key_cost(
 def _store_key_invalid(
     pages: Tensor, k: Tensor, slots: Tensor, *, layout: str, pow2: bool = True
 ) -> str | None:
-    return misfit(pages, layout, "index") or _misplaced(
-        k, slots, "k", KVLayout.parse(layout).width
-    )
+    return misfit(pages, layout, "index") or _misplaced(k, slots, "k", KVLayout.parse(layout).width)
 
 
 def _store_key_unread(

@@ -28,9 +28,7 @@ other does not: a few codes in a hundred differ by a step."""
 # -- silu_mul_quantize --------------------------------------------------------------------------
 
 
-def _silu_inputs(
-    make: Maker, *, tokens: int, inter: int, pow2: bool, dtype: torch.dtype
-) -> Inputs:
+def _silu_inputs(make: Maker, *, tokens: int, inter: int, pow2: bool, dtype: torch.dtype) -> Inputs:
     return dict(x=make.randn(tokens, 2 * inter, dtype=dtype, scale=3.0), pow2=pow2)
 
 

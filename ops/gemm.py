@@ -334,9 +334,7 @@ def grouped_fp8_gemm(
 # -- grouped_fp8_gemm_masked --------------------------------------------------------------------
 
 
-def _masked_inputs(
-    make: Maker, *, max_m: int, groups: int, n: int, k: int, fp32: bool
-) -> Inputs:
+def _masked_inputs(make: Maker, *, max_m: int, groups: int, n: int, k: int, fp32: bool) -> Inputs:
     rows = [make.pick.randint(0, max_m) for _ in range(groups)]
     rows[0], rows[-1] = 0, max_m  # a group that nothing was sent to, and a full one
     return dict(

@@ -56,9 +56,7 @@ def _permute_invalid(x: Tensor, ids: Tensor, *, experts: int, align: int = 1) ->
     return shaped("ids", ids, x.shape[0], "topk")
 
 
-def _permute_unread(
-    x: Tensor, ids: Tensor, *, experts: int, align: int = 1
-) -> dict[str, Tensor]:
+def _permute_unread(x: Tensor, ids: Tensor, *, experts: int, align: int = 1) -> dict[str, Tensor]:
     return {"x": (ids < 0).all(1)[:, None].expand(x.shape)}
 
 

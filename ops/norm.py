@@ -135,9 +135,7 @@ def _add_cost(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float = 1e-6)
     return Cost(5.0 * x.numel(), 4 * x.numel() * x.element_size())
 
 
-def _add_invalid(
-    x: Tensor, residual: Tensor, weight: Tensor, *, eps: float = 1e-6
-) -> str | None:
+def _add_invalid(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float = 1e-6) -> str | None:
     if x.dtype != residual.dtype:
         return f"residual is {residual.dtype}; expected x's {x.dtype}"
     return _weights_wrong(x, weight=weight) or shaped("residual", residual, *x.shape)

@@ -210,6 +210,9 @@ def test_composites_come_with_their_parts(op: Op[..., Any]) -> None:
     with use(backend="cpu"):
         register(op, "good")
         assert made.select(torch.ones(1)).name == "composite"
+        bound = made.bind(torch.ones(1, device="meta"))
+    with use(toy_double="absent"):  # what is bound has chosen its parts as well
+        assert bound(torch.ones(1)).tolist() == [4]
         made.impl("cpu", "fused", contract=1)(lambda x: x * 4)
     with use(backend="cpu"):
         assert made.select(torch.ones(1)).name == "fused"

@@ -14,8 +14,12 @@ from typing import Any
 import pytest
 import torch
 
+from dsa_hal.cli.output import as_csv
+from dsa_hal.cli.support import COLUMNS as SUPPORT_COLUMNS
+from dsa_hal.cli.support import records as support_records
 from dsa_hal.registry import Op
 from dsa_hal.selection import OPS, selection, use
+from dsa_hal.support import support
 from dsa_hal.target import implements, packages
 
 ROOT = Path(__file__).parent.parent
@@ -127,6 +131,16 @@ def test_declarations_are_complete(op: Op[..., Any]) -> None:
         if parameter.annotation is torch.Tensor:
             assert re.search(rf"^ *(-> )?.*\b{name}\b.*\[", document, re.M), f"{name}: which axes?"
     assert "ource" in document, "where does the definition come from?"
+
+
+def test_the_support_table_is_current() -> None:
+    """The committed table is what this tree answers, so that a diff shows every cell that
+    changed."""
+    with use(backend="cpu"):
+        now = as_csv(SUPPORT_COLUMNS, support_records(support()))
+    assert (ROOT / "ci" / "support" / "cpu.csv").read_text() == now, (
+        "run: DSA_HAL_BACKEND=cpu dsa-hal support --format csv > ci/support/cpu.csv"
+    )
 
 
 def traps() -> dict[int, str]:

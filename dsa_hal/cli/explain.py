@@ -81,10 +81,18 @@ def _record(
                 "question": v.question,
                 "reason": v.reason,
                 "promises": sorted(v.impl.promises),
+                "tuned": _tuned(op, v),
             }
             for v in verdicts
         ],
     }
+
+
+def _tuned(op: Op[..., Any], verdict: Verdict) -> str:
+    """What measurements on this target say of an implementation."""
+    _, winners = selection().candidates(op)
+    won = sum(winner.impl == verdict.impl.name for winner in winners)
+    return f"fastest at {won} of {len(winners)} sizes" if winners else "not measured"
 
 
 def _print(op: Op[..., Any], case: Case | None, verdicts: list[Verdict], serves: str) -> None:
@@ -100,12 +108,13 @@ def _print(op: Op[..., Any], case: Case | None, verdicts: list[Verdict], serves:
             v.impl.rank,
             "ok" if v.question == "ok" else f"no: {v.question}",
             ", ".join(sorted(v.impl.promises)) or "none",
+            _tuned(op, v),
             v.reason,
         )
         for v in verdicts
     ]
     output.table(
-        ("implementation", "rank", "verdict", "promises", "why not"), rows, right=("rank",)
+        ("implementation", "rank", "verdict", "promises", "tuned", "why not"), rows, right=("rank",)
     )
     print()
     if not serves:
