@@ -1,1 +1,1 @@
-"""Backends: a folder each, found by its name; `portable` has kernel bodies that several register."""
+"""Backends: a folder each, found by its name; `portable` has kernel bodies that several use."""
