@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, Generic, ParamSpec, TypeVar
 
 from dsa_hal.autotune import store
@@ -18,11 +18,23 @@ from dsa_hal.autotune.store import Winner
 from dsa_hal.case import Case, Cost, Inputs
 from dsa_hal.check import Check
 from dsa_hal.errors import BadInput, ConfigError
-from dsa_hal.selection import COMPOSITE, DETERMINISTIC, OPS, Unsupported, selection, use
+from dsa_hal.facts import facts_of
+from dsa_hal.selection import (
+    COMPOSITE,
+    DETERMINISTIC,
+    OPS,
+    Selection,
+    Unsupported,
+    selection,
+    use,
+)
 from dsa_hal.target import REFERENCE, Target, packages
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+ANSWERS = 4096
+"""Answers that selection remembers per op before it starts anew; growing contexts make many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +81,8 @@ class Op(Generic[P, R]):
     check      compares an implementation's outputs with the reference's
     cost       FLOP and bytes of one call
     outputs    names of the results; arguments in `mutates` are results as well
-    invalid    why arguments are no request at all, whoever implements it: raised as BadInput
+    invalid    why arguments are no request at all, whoever implements it: raised as BadInput; like
+               every predicate it reads shapes, dtypes and plain arguments, never data or strides
     requests   promises that these arguments insist on
     requires   promises that the contract itself insists on
     unread     argument -> mask of elements that must not influence any result
@@ -115,6 +128,10 @@ class Op(Generic[P, R]):
             raise ValueError(
                 f"op {self.name} is declared twice; import it from dsa_hal.ops.{self.family}"
             )
+
+    @cached_property
+    def _facts(self) -> Callable[P, tuple[Hashable, ...]]:
+        return facts_of(inspect.unwrap(self.reference))
 
     def __repr__(self) -> str:
         return f"<{self.kind} {self.name} v{self.version}>"
@@ -185,21 +202,27 @@ class Op(Generic[P, R]):
 
         Raises BadInput for arguments that break the op's contract, Unsupported if nobody can serve.
         """
+        chosen = selection()
+        known: dict[Any, Impl[P, R]] = chosen.answers[self.name]
+        facts = self._facts(*args, **kwargs)
+        try:
+            return known[facts]
+        except KeyError:
+            impl = self._select(chosen, args, kwargs)
+        if len(known) >= ANSWERS:
+            known.clear()
+        known[facts] = impl
+        return impl
+
+    def _select(self, chosen: Selection, args: Any, kwargs: Any) -> Impl[P, R]:
         if (wrong := self.invalid(*args, **kwargs)) is not None:
             raise BadInput(f"{self.name}: {wrong}")
-        chosen = selection()
         candidates, winners = chosen.candidates(self)
-        if winners:
-            if fit := self._fit(candidates, args, kwargs):
-                return _nearest(fit, winners, self.sizes(*args, **kwargs))
-        else:
-            for impl in candidates:
-                if impl.why_not(*args, **kwargs) is None and (
-                    self.requests is None or self.requests(*args, **kwargs) <= impl.promises
-                ):
-                    return impl
-        verdicts = chosen.verdicts(self, args, kwargs)
-        raise Unsupported(self.name, chosen.target, verdicts, chosen.hint(self))
+        fit = self._fit(candidates, args, kwargs)
+        if not fit:
+            verdicts = chosen.verdicts(self, args, kwargs)
+            raise Unsupported(self.name, chosen.target, verdicts, chosen.hint(self))
+        return _nearest(fit, winners, self.sizes(*args, **kwargs)) if winners else fit[0]
 
     def _fit(self, candidates: Sequence[Impl[P, R]], args: Any, kwargs: Any) -> list[Impl[P, R]]:
         """The implementations that can serve these arguments, best rank first."""
@@ -229,9 +252,10 @@ class Op(Generic[P, R]):
 
         def ranged(*args: P.args, **kwargs: P.kwargs) -> R:
             now = sizes(*args, **kwargs)
-            key = tuple([n.bit_length() for n in now.values()])
-            fn = by_range.get(key)
-            if fn is None:
+            key = tuple(map(int.bit_length, now.values()))
+            try:
+                fn = by_range[key]
+            except KeyError:
                 fn = by_range[key] = _nearest(fit, winners, now).fn
             return fn(*args, **kwargs)
 
@@ -297,9 +321,9 @@ def _sizes(
         places.append((axis, order.index(name), name, int(dim[:-1]) if dim else None))
 
     def sizes(*args: Any, **kwargs: Any) -> dict[str, int]:
-        found = {}
+        given, found = len(args), {}
         for axis, at, name, dim in places:
-            value = args[at] if at < len(args) else kwargs[name]
+            value = args[at] if at < given else kwargs[name]
             found[axis] = value if dim is None else value.shape[dim]
         return found
 

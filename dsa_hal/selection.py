@@ -7,7 +7,8 @@ shape?
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -55,13 +56,16 @@ class Unsupported(DsaHalError):
         self, op: str, target: Target, verdicts: Sequence[Verdict], hint: str = ""
     ) -> None:
         self.op, self.target, self.verdicts = op, target, tuple(verdicts)
-        reasons = "; ".join(f"{v.impl.label}: {v.reason}" for v in verdicts if v.question != "ok")
-        super().__init__(f"{op} on {target}: {reasons or hint or 'no implementation'}")
+        reasons = [f"{v.impl.label}: {v.reason}" for v in verdicts if v.question != "ok"]
+        super().__init__(f"{op} on {target}: {'; '.join(filter(None, (*reasons, hint)))}")
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What is chosen from: a target, implementations named per op, and a wish for determinism."""
+    """What is chosen from: a target, implementations named per op, and a wish for determinism.
+
+    answers  what was chosen: op -> facts of a call -> implementation; `Op.select` fills it
+    """
 
     target: Target
     named: Mapping[str, str] = field(default_factory=dict)
@@ -69,6 +73,9 @@ class Selection:
     logging: bool = False
     _known: dict[str, tuple[tuple[Any, ...], tuple[Winner, ...]]] = field(
         default_factory=dict, compare=False
+    )
+    answers: defaultdict[str, dict[tuple[Hashable, ...], Any]] = field(
+        default_factory=lambda: defaultdict(dict), compare=False
     )
 
     def candidates(self, op: Op[P, R]) -> tuple[tuple[Impl[P, R], ...], tuple[Winner, ...]]:
@@ -119,14 +126,16 @@ class Selection:
         return asked
 
     def hint(self, op: Op[..., Any]) -> str:
-        """Why there may be no verdict at all."""
-        if op.name not in self.named and op.name not in implements(self.target.backend):
-            return (
-                f"backend {self.target.backend} has no implementation of it in this version;"
-                f" DSA_HAL_BACKEND=cpu computes on the processor, DSA_HAL_IMPL={op.name}=reference"
-                " runs the plain fp32 reference"
-            )
-        return ""
+        """What to do where a backend does not implement an op."""
+        backend = self.target.backend
+        if op.name in self.named or backend == REFERENCE.backend or op.name in implements(backend):
+            return ""
+        what = "it" if implements(backend) else "any op"
+        return (
+            f"backend {backend} has no implementation of {what} in this version;"
+            f" DSA_HAL_BACKEND=cpu computes on the processor, DSA_HAL_IMPL={op.name}=reference runs"
+            " the plain fp32 reference"
+        )
 
     def _static(self, op: Op[..., Any]) -> list[Verdict]:
         registered = op.implementations(self.target)

@@ -9,6 +9,7 @@ import textwrap
 import time
 import timeit
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import dsa_hal
 from dsa_hal import env, registry, target
 from dsa_hal.autotune import store
 from dsa_hal.case import Cost, case
 from dsa_hal.check import bitwise, each
 from dsa_hal.errors import Absent, BadInput, ConfigError
+from dsa_hal.ops.attention import sparse_mla
+from dsa_hal.ops.quant import quantize_fp8
 from dsa_hal.registry import Composite, Op
 from dsa_hal.selection import OPS, Unsupported, explain, selection, use
 
@@ -110,7 +112,7 @@ def test_refusals_list_every_candidate_with_its_sentence(op: Op[..., Any]) -> No
 
 def test_version_ranges_of_needed_packages(op: Op[..., Any]) -> None:
     register(op, "new", needs=("torch>=999",))
-    assert f"torch {torch.__version__} is installed, needs torch>=999" in explain(op)[0].reason
+    assert f"torch {version('torch')} is installed, needs torch>=999" in explain(op)[0].reason
 
 
 def test_explicit_choice_is_strict(op: Op[..., Any]) -> None:
@@ -439,11 +441,35 @@ def microseconds(fn: Any, *args: Any) -> float:
 
 def test_a_called_op_costs_little_and_a_bound_one_nothing() -> None:
     """What a call adds is `select`; a bound op is the bare function."""
+    q, kv, indices = torch.ones(1, 8, 40), torch.ones(9, 40), torch.zeros(1, 1, dtype=torch.int32)
+
+    def attend() -> Any:
+        return sparse_mla.select(q, kv, indices, softmax_scale=0.1, dim_v=32)
+
+    impl = attend()
+    assert sparse_mla.bind(q, kv, indices, softmax_scale=0.1, dim_v=32) is impl.fn
+    assert microseconds(attend) < 2.0
     x = torch.ones(1, 128)
-    op = dsa_hal.ops.quantize_fp8
-    impl = op.select(x)
-    assert op.bind(x) is impl.fn
-    assert microseconds(op.select, x) < 2.0
+    assert microseconds(lambda: quantize_fp8.select(x)) < 2.0
+
+
+def test_answers_are_remembered_by_shapes_dtypes_and_plain_arguments(op: Op[..., Any]) -> None:
+    asked = []
+
+    def why_not(x: Tensor, *, deterministic: bool = False) -> str | None:
+        asked.append(x.shape[0])
+        return "n=3 is odd" if x.shape[0] == 3 else None
+
+    op.impl("cpu", "even", contract=3, why_not=why_not)(op.reference)
+    for n in (2, 2, 4, 2):
+        op.select(torch.ones(n))
+    assert asked == [2, 4]
+    op.select(torch.ones(2, dtype=torch.float64))
+    op.select(torch.ones(2), deterministic=True)
+    assert asked == [2, 4, 2, 2]
+    for _ in range(2):
+        with pytest.raises(Unsupported, match="n=3 is odd"):
+            op.select(torch.ones(3))
 
 
 def test_a_range_lookup_costs_about_a_microsecond(op: Op[..., Any], tuned: Path) -> None:
