@@ -2,7 +2,8 @@
 
 An `Op` is declared by its plain-torch fp32 reference, a `Composite` by a body written with other
 ops. Implementations attach from `backends/<backend>/<op>.py`, a file that is imported when the op
-is first selected. `select` answers for one call, `bind` once for good."""
+is first selected. `select` answers for one call, `bind` once for good.
+"""
 
 from __future__ import annotations
 
@@ -115,7 +116,7 @@ class Op(Generic[P, R]):
         self.__wrapped__ = reference
         self.reference = reference
         self.version, self.constant, self.variable = version, tuple(constant), tuple(variable)
-        self.sizes = _sizes(reference, variable if isinstance(variable, Mapping) else {})
+        self.sizes = _sizes(reference, variable)
         self.inputs, self.cases, self.check, self.cost = inputs, tuple(cases), check, cost
         self.outputs, self.mutates = tuple(outputs), tuple(mutates)
         self.invalid, self.requests, self.unread = invalid, requests, unread

@@ -34,7 +34,6 @@ OPS: dict[str, Op[..., Any]] = {}
 DETERMINISTIC = "deterministic"
 """The promise that repeats on the same device and inputs are bitwise equal."""
 
-
 COMPOSITE = "composite"
 """Name of the implementation that is a composite op's own body."""
 
@@ -49,8 +48,7 @@ class Verdict:
 
 
 class Unsupported(DsaHalError):
-    """No implementation can serve a request; the message lists every candidate with its
-    sentence."""
+    """No implementation can serve a request; the message holds every candidate's sentence."""
 
     def __init__(
         self, op: str, target: Target, verdicts: Sequence[Verdict], hint: str = ""

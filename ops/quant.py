@@ -43,8 +43,9 @@ def power_of_two(scale: Tensor) -> Tensor:
 
 
 def _quantize_inputs(
-    make: Maker, *, tokens: int, dim: int, group: int, block_rows: int, pow2: bool, kind: str
-) -> Inputs:
+    make: Maker, *, tokens: int, dim: int, group: int = 128, block_rows: int = 1,
+    pow2: bool = True, kind: str = "plain",
+) -> Inputs:  # fmt: skip
     x = make.randn(tokens, dim, dtype=torch.float32 if kind == "fp32" else torch.bfloat16)
     if kind == "zeros" and tokens:
         x[::2] = 0
@@ -81,62 +82,19 @@ def _quantize_invalid(
     variable={"tokens": "x[0]"},
     inputs=_quantize_inputs,
     cases=(
-        *(
-            case(name, tokens=tokens, dim=dim, group=group, block_rows=rows, pow2=pow2, kind=kind)
-            for name, tokens, dim, group, rows, pow2, kind in (
-                ("empty", 0, 256, 128, 1, True, "plain"),
-                ("one", 1, 128, 128, 1, True, "plain"),
-                ("odd", 63, 384, 128, 1, False, "plain"),
-                ("zeros", 5, 256, 128, 1, True, "zeros"),
-                ("outliers", 65, 256, 128, 1, True, "outliers"),
-                ("fp32", 9, 256, 128, 1, True, "fp32"),
-                ("head64", 33, 64, 64, 1, True, "plain"),
-                ("partial", 3, 200, 128, 1, True, "plain"),
-            )
-        ),
-        case(
-            "exact",
-            tokens=7,
-            dim=256,
-            group=128,
-            block_rows=1,
-            pow2=True,
-            kind="exact",
-            traps=(20,),
-        ),
-        case(
-            "floor", tokens=4, dim=256, group=128, block_rows=1, pow2=True, kind="tiny", traps=(8,)
-        ),
-        case(
-            "kv_a",
-            tokens=576,
-            dim=256,
-            group=128,
-            block_rows=128,
-            pow2=False,
-            kind="plain",
-            traps=(24,),
-        ),
-        case(
-            "decode",
-            model=True,
-            tokens=64,
-            dim=7168,
-            group=128,
-            block_rows=1,
-            pow2=True,
-            kind="plain",
-        ),
-        case(
-            "prefill",
-            model=True,
-            tokens=4096,
-            dim=7168,
-            group=128,
-            block_rows=1,
-            pow2=True,
-            kind="plain",
-        ),
+        case("empty", tokens=0, dim=256),
+        case("one", tokens=1, dim=128),
+        case("odd", tokens=63, dim=384, pow2=False),
+        case("zeros", tokens=5, dim=256, kind="zeros"),
+        case("outliers", tokens=65, dim=256, kind="outliers"),
+        case("fp32", tokens=9, dim=256, kind="fp32"),
+        case("head64", tokens=33, dim=64, group=64),
+        case("partial", tokens=3, dim=200),
+        case("exact", tokens=7, dim=256, kind="exact", traps=(20,)),
+        case("floor", tokens=4, dim=256, kind="tiny", traps=(8,)),
+        case("kv_a", tokens=576, dim=256, block_rows=128, pow2=False, traps=(24,)),
+        case("decode", model=True, tokens=64, dim=7168),
+        case("prefill", model=True, tokens=4096, dim=7168),
     ),
     check=each(values=bitwise, scale=bitwise),
     cost=_quantize_cost,
@@ -178,8 +136,9 @@ def quantize_fp8(
 
 
 def _dequantize_inputs(
-    make: Maker, *, tokens: int, dim: int, group: int, block_rows: int, fp32: bool
-) -> Inputs:
+    make: Maker, *, tokens: int, dim: int, group: int = 128, block_rows: int = 1,
+    fp32: bool = False,
+) -> Inputs:  # fmt: skip
     values = make.randn(tokens, dim, scale=100).clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
     rows = (blocks(tokens, block_rows),) if tokens or block_rows > 1 else (0,)
     scale = make.randn(*rows, blocks(dim, group)).abs() + 1e-3
@@ -214,12 +173,12 @@ def _dequantize_invalid(
     variable={"tokens": "values[0]"},
     inputs=_dequantize_inputs,
     cases=(
-        case("empty", tokens=0, dim=128, group=128, block_rows=1, fp32=False),
-        case("groups", tokens=63, dim=384, group=128, block_rows=1, fp32=False),
-        case("head64", tokens=5, dim=64, group=64, block_rows=1, fp32=True),
-        case("kv_a", tokens=576, dim=300, group=128, block_rows=128, fp32=True, traps=(7, 24)),
-        case("kv_b", model=True, tokens=32768, dim=512, group=128, block_rows=128, fp32=False),
-        case("q_b", model=True, tokens=24576, dim=1536, group=128, block_rows=128, fp32=False),
+        case("empty", tokens=0, dim=128),
+        case("groups", tokens=63, dim=384),
+        case("head64", tokens=5, dim=64, group=64, fp32=True),
+        case("kv_a", tokens=576, dim=300, block_rows=128, fp32=True, traps=(7, 24)),
+        case("kv_b", model=True, tokens=32768, dim=512, block_rows=128),
+        case("q_b", model=True, tokens=24576, dim=1536, block_rows=128),
     ),
     check=each(out=bitwise),
     cost=_dequantize_cost,

@@ -18,40 +18,23 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small import SMALL
 
 from dsa_hal.errors import CheckpointError, DsaHalError
 from dsa_hal.model import shards
 from dsa_hal.model.builtin import builtin_checkpoint, random_tensors
 from dsa_hal.model.checkpoint import Checkpoint
-from dsa_hal.model.config import ModelConfig, Quant, Rope
+from dsa_hal.model.config import ModelConfig
 from dsa_hal.model.convert import convert
 
 # Small, but cut like the published model: every cut axis leaves whole 128-blocks to two ranks,
 # and kv_a_proj has 128 + 64 = 192 rows, one and a half blocks.
-SMALL = ModelConfig(
-    vocab_size=64,
-    hidden_size=256,
-    intermediate_size=256,
-    moe_intermediate_size=128,
-    num_hidden_layers=2,
-    first_k_dense_replace=1,
+CUT = replace(
+    SMALL,
     num_attention_heads=4,
-    n_routed_experts=4,
     n_shared_experts=2,
-    num_experts_per_tok=2,
-    n_group=2,
-    topk_group=1,
-    q_lora_rank=128,
-    kv_lora_rank=128,
-    qk_nope_head_dim=64,
-    qk_rope_head_dim=64,
-    v_head_dim=64,
-    index_n_heads=2,
-    index_head_dim=64,
-    index_topk=8,
-    max_position_embeddings=4096,
-    rope=Rope("yarn", 1e4, 4.0, 1024, mscale=1.0, mscale_all_dim=1.0),
-    quant=Quant(),
+    rope=replace(SMALL.rope, mscale=1.0, mscale_all_dim=1.0),
+    eos_token_ids=(),
 )
 MTP = {"model.layers.2.eh_proj.weight": torch.zeros(4, 4)}
 
@@ -69,7 +52,7 @@ def write(folder: Path, config: ModelConfig) -> dict[str, torch.Tensor]:
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("convert") / "source"
-    write(folder, SMALL)
+    write(folder, CUT)
     return folder
 
 
@@ -112,7 +95,7 @@ def demo_parts(name: str, value: torch.Tensor, ranks: int) -> tuple[str, list[to
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("fp8", [True, False], ids=["fp8", "bf16"])
 def test_every_tensor_arrives_under_the_demos_name(tmp_path: Path, ranks: int, fp8: bool) -> None:
-    config = SMALL if fp8 else replace(SMALL, quant=None)
+    config = CUT if fp8 else replace(CUT, quant=None)
     tensors = write(tmp_path / "hf", config)
     seen: list[tuple[int, int]] = []
     files = convert(tmp_path / "hf", tmp_path / "demo", 4, ranks, lambda d, t: seen.append((d, t)))
@@ -213,7 +196,7 @@ def test_cuts_that_do_not_divide_write_nothing(
 
 
 def test_what_the_demo_cannot_say_writes_nothing(tmp_path: Path) -> None:
-    write(tmp_path / "hf", replace(SMALL, rms_norm_eps=1e-5))
+    write(tmp_path / "hf", replace(CUT, rms_norm_eps=1e-5))
     with pytest.raises(DsaHalError, match="rms_norm_eps is 1e-05"):
         convert(tmp_path / "hf", tmp_path / "demo", 4, 1)
     assert not (tmp_path / "demo").exists()
