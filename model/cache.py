@@ -43,6 +43,7 @@ class KVCache:
         device: torch.device | str | None = None,
     ) -> None:
         self.page_size, self.num_pages = page_size, num_pages
+        self._layouts = latent, index
         self.device = torch.device(device or "cpu")
         self.latent = [latent.empty(num_pages, page_size, device) for _ in range(layers)]
         self.index = [index.empty(num_pages, page_size, device) for _ in range(layers)]
@@ -52,6 +53,19 @@ class KVCache:
     @property
     def free_pages(self) -> int:
         return len(self._free)
+
+    def grow(self, num_pages: int) -> None:
+        """Have at least `num_pages` pages; what is stored stays where it is. The pools are copied,
+        one layer at a time."""
+        extra = num_pages - self.num_pages
+        if extra <= 0:
+            return
+        for layout, pools in zip(self._layouts, (self.latent, self.index), strict=True):
+            more = layout.empty(extra, self.page_size, self.device)
+            for layer, pool in enumerate(pools):
+                pools[layer] = torch.cat([pool, more])
+        self._free = [*range(num_pages - 1, self.num_pages - 1, -1), *self._free]
+        self.num_pages = num_pages
 
     def reserve(self, context: Context, length: int) -> None:
         """Make room for `length` tokens in all; BadInput, and nothing taken, if too few pages are

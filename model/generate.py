@@ -4,12 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from dsa_hal.errors import BadInput
+from dsa_hal.model.cache import Context, KVCache
 from dsa_hal.model.transformer import PREFILL_CHUNK, Transformer
+
+
+@dataclass
+class Memory:
+    """What a cache still holds of one conversation, so that its next turn reads only what is new.
+
+    tokens  the conversation so far; the first `context.length` of them are stored
+    reused  tokens of the last prompt that were not read again
+    """
+
+    cache: KVCache | None = None
+    context: Context = field(default_factory=Context)
+    tokens: list[int] = field(default_factory=list)
+    reused: int = 0
+
+    def recall(self, model: Transformer, prompt: Sequence[int], room: int) -> KVCache:
+        """The cache, with space for `room` tokens, and the context cut back to what it shares with
+        `prompt`; its last token is read anew, because the next one follows from its logits."""
+        if self.cache is None:
+            self.cache, _ = model.new_cache([room])
+        self.cache.grow(-(-room // self.cache.page_size))
+        stored = self.tokens[: self.context.length]
+        pairs = enumerate(zip(stored, prompt[:-1], strict=False))
+        differing = (at for at, (old, new) in pairs if old != new)
+        self.reused = next(differing, min(len(stored), len(prompt) - 1))
+        self.context.length = self.reused
+        self.tokens = list(prompt)
+        return self.cache
 
 
 def generate(
@@ -24,6 +54,7 @@ def generate(
     prefill_chunk: int = PREFILL_CHUNK,
     on_token: Callable[[int, int], None] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    memory: Memory | None = None,
 ) -> list[list[int]]:
     """New token ids for each prompt, without the stop token that ended it.
 
@@ -35,6 +66,7 @@ def generate(
     stop_ids        None = the config's eos tokens
     on_token        called as (row, token id) for every new token, in the order they come
     progress        called as (prompt tokens stored, prompt tokens in all) while prompts are read
+    memory          of a conversation, for its one prompt: what both begin with is not read again
 
     Raises BadInput for values outside these ranges, before anything is computed.
     """
@@ -53,7 +85,13 @@ def generate(
                 f"a prompt of {most} tokens leaves no room to continue: this model takes {most} in"
                 " all; shorten the prompt"
             )
-    cache, contexts = model.new_cache(room)
+    if memory is None:
+        cache, contexts = model.new_cache(room)
+    elif len(checked) == 1:
+        cache = memory.recall(model, checked[0].tolist(), room[0])
+        contexts = [memory.context]
+    else:
+        raise BadInput(f"there are {len(checked)} prompts; a memory belongs to one conversation")
     live: dict[int, int] = {}
 
     def take(row: int, logits: Tensor) -> None:
@@ -62,12 +100,14 @@ def generate(
         live.pop(row, None)
         if token not in stops:
             out[row].append(token)
+            if memory is not None:
+                memory.tokens.append(token)
             if on_token is not None:
                 on_token(row, token)
             if len(checked[row]) + len(out[row]) < room[row]:
                 live[row] = token
 
-    stored, total = 0, sum(map(len, checked))
+    stored, total = sum(context.length for context in contexts), sum(map(len, checked))
     for step, logits in model.prefill(cache, contexts, checked, chunk=prefill_chunk):
         ended = [piece.request for piece in step if piece.last]
         for row, row_logits in zip(ended, logits, strict=True):

@@ -11,7 +11,7 @@ from oracle import GEOMETRIES, one_thread, prompt, write
 
 from dsa_hal.errors import BadInput
 from dsa_hal.model import Transformer, generate
-from dsa_hal.model.generate import Sampler
+from dsa_hal.model.generate import Memory, Sampler
 
 SAMPLED = dict(temperature=1.0, top_p=0.95, max_new_tokens=12, stop_ids=())
 
@@ -148,3 +148,25 @@ def test_top_p_keeps_the_fewest_likeliest_that_reach_it(top_p: float, kept: set[
 
 def test_a_tiny_temperature_is_greedy() -> None:
     assert draws(Sampler(1e-30, 1.0, 0), [0.1, 0.6, 0.3], 20) == [1] * 20
+
+
+def test_a_conversation_reads_only_what_is_new(model: Transformer) -> None:
+    """Turn after turn, what is remembered changes the work and not the answer, also where the
+    conversation goes back on itself and where the cache has to grow."""
+    memory = Memory()
+    said: list[int] = []
+    turns = [prompt(20)[0].tolist(), prompt(28)[0].tolist()[::-1], [7, 8, 9]]
+    for at, turn in enumerate(turns):
+        asked = [*said, *turn]
+        answer = generate(model, [asked], max_new_tokens=6, stop_ids=(), memory=memory)[0]
+        assert answer == generate(model, [asked], max_new_tokens=6, stop_ids=())[0]
+        assert memory.reused == max(0, len(said) - 1), f"turn {at}"  # its last token was not fed
+        said = [*asked, *answer]
+    branch = [*said[:30], 5, 6]
+    answer = generate(model, [branch], max_new_tokens=5, stop_ids=(), memory=memory)[0]
+    assert memory.reused == 30
+    assert answer == generate(model, [branch], max_new_tokens=5, stop_ids=())[0]
+    same = generate(model, [branch], max_new_tokens=5, stop_ids=(), memory=memory)[0]
+    assert same == answer and memory.reused == len(branch) - 1
+    with pytest.raises(BadInput, match="there are 2 prompts; a memory belongs to one"):
+        generate(model, [branch, branch], memory=memory)

@@ -10,6 +10,7 @@ from dsa_hal.cli import output
 from dsa_hal.cli.session import Session, Work
 from dsa_hal.cli.writer import Text
 from dsa_hal.errors import BadInput
+from dsa_hal.model.generate import Memory
 from dsa_hal.model.tokenizer import Tokenizer
 
 ASK = "> "
@@ -36,10 +37,10 @@ def converse(session: Session) -> None:
     output.note(f"Ctrl-D ends, Ctrl-C cuts an answer short, {NEW} forgets what was said")
     turns: list[dict[str, str]] = []
     text = ""
-    work = Work()
+    work, memory = Work(), Memory()
     while (line := _line()) is not None:
         if line.strip() == NEW:
-            turns, text = [], ""
+            turns, text, memory = [], "", Memory()
         if line.strip() in ("", NEW):
             continue
         asked = [*turns, {"role": "user", "content": line}]
@@ -50,7 +51,7 @@ def converse(session: Session) -> None:
             continue
         answer = _Answer(session.tokenizer)
         try:
-            work += session.generate([prompt], answer)
+            work += session.generate([prompt], answer, memory=memory)
         except KeyboardInterrupt:
             answer.finish()
         said = session.tokenizer.decode(answer.ids)

@@ -15,6 +15,7 @@ from dsa_hal.cli import output
 from dsa_hal.errors import BadInput, CheckpointError
 from dsa_hal.model import Precision, Transformer, generate
 from dsa_hal.model.checkpoint import Checkpoint
+from dsa_hal.model.generate import Memory
 from dsa_hal.model.tokenizer import Tokenizer
 from dsa_hal.selection import current
 
@@ -120,9 +121,15 @@ class Session:
             raise BadInput(f"{place} has {len(ids)} tokens; this model takes 1 to {self.limit}")
         return ids
 
-    def generate(self, prompts: Sequence[list[int]], writer: Writer, first: int = 0) -> Work:
+    def generate(
+        self,
+        prompts: Sequence[list[int]],
+        writer: Writer,
+        first: int = 0,
+        memory: Memory | None = None,
+    ) -> Work:
         """Continue prompts together; row i draws with the seed of prompt `first` + i, so that a
-        prompt's text does not depend on how prompts are put together."""
+        prompt's text does not depend on how prompts are put together. `memory` as in `generate`."""
         began = time.monotonic()
         read_at = began
         total = sum(map(len, prompts))
@@ -143,12 +150,13 @@ class Session:
                 seed=(self.settings.seed + first) % (1 << 63),
                 stop_ids=self.tokenizer.eos_ids or None,
                 prefill_chunk=self.settings.prefill_chunk,
-                on_token=writer.token, progress=read,
+                on_token=writer.token, progress=read, memory=memory,
             )  # fmt: skip
         writer.finish()
         new = sum(map(len, answers))
         steps = max(0, new - len(prompts))
-        return Work(total, read_at - began, new, steps, time.monotonic() - read_at)
+        read_anew = total - (memory.reused if memory is not None else 0)
+        return Work(read_anew, read_at - began, new, steps, time.monotonic() - read_at)
 
 
 def _sampling(path: Path, settings: Settings) -> tuple[float, float]:
