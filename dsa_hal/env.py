@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from dsa_hal.errors import ConfigError
 
@@ -98,7 +98,7 @@ CACHE = Variable(
     lambda text: Path(text).expanduser(),
 )
 
-VARIABLES: tuple[Variable[object], ...] = (BACKEND, IMPL, DETERMINISTIC, LOG, CACHE)  # type: ignore[assignment]
+VARIABLES: tuple[Variable[Any], ...] = (BACKEND, IMPL, DETERMINISTIC, LOG, CACHE)
 
 
 def table() -> str:

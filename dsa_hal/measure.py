@@ -85,16 +85,11 @@ def measure(
     mutates   arguments that fn writes: they are restored before every call, outside the timing
     """
     device = torch.device(device)
-    sets = _rotation(inputs, device)
-    buffer = torch.zeros(FLUSH * last_level_cache(device), dtype=torch.uint8, device=device)
+    cold = cold_inputs(inputs, device, mutates)
     timer = _host_timed if device.type == "cpu" else _device_timed
 
     def run() -> float:
-        own = next(sets)
-        for name in mutates:
-            own[name].copy_(inputs[name])
-        buffer.add_(1)
-        return timer(fn, own, device)
+        return timer(fn, next(cold), device)
 
     begin = time.perf_counter()
     run()
@@ -105,6 +100,19 @@ def measure(
     while len(samples) < max(1, repeats) or time.perf_counter() - begin < min_time:
         samples.append(run())
     return Timing.of(samples)
+
+
+def cold_inputs(
+    inputs: Inputs, device: torch.device, mutates: Sequence[str] = ()
+) -> Iterator[Inputs]:
+    """Inputs without end, equal to `inputs` and each time in no cache: copies in turn, arguments
+    in `mutates` restored, and then the flush buffer written."""
+    buffer = torch.zeros(FLUSH * last_level_cache(device), dtype=torch.uint8, device=device)
+    for own in _rotation(inputs, device):
+        for name in mutates:
+            own[name].copy_(inputs[name])
+        buffer.add_(1)
+        yield own
 
 
 def percent_of_roof(

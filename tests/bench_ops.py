@@ -1,8 +1,8 @@
 """Every implementation of every op on the model's true shapes, timed by pytest-benchmark.
 
 Not collected by default: `pytest tests/bench_ops.py [-k sparse_mla] [--benchmark-compare]`. Each
-row is checked against the reference first. This suite compares two states of the code; `dsa-hal
-bench` also tells rates and percent of the roof.
+row is checked against the reference first, and every round finds cold caches. This suite compares
+two states of the code; `dsa-hal bench` also tells rates and percent of the roof.
 """
 
 from __future__ import annotations
@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 import torch
 
-from dsa_hal.case import copied
 from dsa_hal.matrix import Limit, Row, compare, rows, wanted
+from dsa_hal.measure import cold_inputs
 from dsa_hal.selection import selection
 
 AFFORDABLE = Limit(flop=1e11, bytes=2e9) if selection().target.device == "cpu" else Limit()
+
+ROUNDS = 10
 
 
 @pytest.mark.parametrize(
@@ -30,7 +32,10 @@ def test_true_shapes(benchmark: Any, row: Row) -> None:
     assert report.ok, str(report)
     benchmark.group = f"{row.op.name} {row.case.name}"
     benchmark.extra_info["axes"] = {axis: str(value) for axis, value in row.case.axes.items()}
-    benchmark(_finished(row), copied(inputs))
+    cold = cold_inputs(inputs, torch.device(selection().target.device), row.op.mutates)
+    benchmark.pedantic(
+        _finished(row), setup=lambda: ((next(cold),), {}), rounds=ROUNDS, warmup_rounds=1
+    )
 
 
 def _finished(row: Row) -> Any:
