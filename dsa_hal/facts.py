@@ -1,19 +1,20 @@
-"""What a predicate may know of a call: shapes, dtypes and plain arguments, as one hashable key.
+"""Short questions to the arguments of a call, as functions written for an op's own arguments, like
+the methods of a dataclass: a loop over arguments would cost more than the answers are worth.
 
-Selection remembers its answers under this key, so that a called op does not ask every predicate on
-every call. The key function is written for an op's own arguments, like the methods of a dataclass,
-because a loop over arguments would cost more than the predicates do.
+The facts of a call are what a predicate may know of it, shapes, dtypes and plain arguments, as one
+hashable key. Selection remembers its answers under it, so that a called op does not ask every
+predicate on every call.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from torch import Tensor
 
-_PARTS: dict[Any, str] = {
+_FACTS: dict[Any, str] = {
     Tensor: "{0}.shape, {0}.dtype",
     Tensor | None: "{0} if {0} is None else ({0}.shape, {0}.dtype)",
     list[Tensor]: "tuple([(t.shape, t.dtype) for t in {0}])",
@@ -21,19 +22,25 @@ _PARTS: dict[Any, str] = {
 
 
 def facts_of(fn: Callable[..., Any]) -> Callable[..., tuple[Hashable, ...]]:
-    """A function with the arguments of `fn` that returns the key of a call. A mistaken call raises
-    the TypeError that `fn` would raise."""
-    arguments, parts, defaults = [], [], {}
-    keyword_only = False
-    for name, parameter in inspect.signature(fn, eval_str=True).parameters.items():
-        if parameter.kind is parameter.KEYWORD_ONLY and not keyword_only:
+    """A function with the arguments of `fn` that returns the facts of a call."""
+    parameters = inspect.signature(fn, eval_str=True).parameters.values()
+    return asking(fn, [_FACTS.get(p.annotation, "{0}").format(p.name) for p in parameters])
+
+
+def asking(fn: Callable[..., Any], questions: Sequence[str]) -> Callable[..., Any]:
+    """A function with the arguments of `fn` that returns the tuple of `questions`, expressions of
+    those arguments. A mistaken call raises the TypeError that `fn` would raise."""
+    arguments: list[str] = []
+    names: dict[str, Any] = {}
+    for name, parameter in inspect.signature(fn).parameters.items():
+        if parameter.kind is parameter.KEYWORD_ONLY and "*" not in arguments:
             arguments.append("*")
-            keyword_only = True
-        has_default = parameter.default is not parameter.empty
-        arguments.append(f"{name}=_{name}" if has_default else name)
-        defaults[f"_{name}"] = parameter.default
-        parts.append(_PARTS.get(parameter.annotation, "{0}").format(name))
-    source = f"def {fn.__name__}({', '.join(arguments)}): return ({', '.join(parts)},)"
-    exec(source, defaults)
-    made: Callable[..., tuple[Hashable, ...]] = defaults[fn.__name__]
+        if parameter.default is parameter.empty:
+            arguments.append(name)
+        else:
+            arguments.append(f"{name}=_{name}")
+            names[f"_{name}"] = parameter.default
+    answers = "".join(f"{question}, " for question in questions)
+    exec(f"def {fn.__name__}({', '.join(arguments)}): return ({answers})", names)
+    made: Callable[..., Any] = names[fn.__name__]
     return made

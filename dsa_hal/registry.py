@@ -19,7 +19,7 @@ from dsa_hal.autotune.store import Winner
 from dsa_hal.case import Case, Cost, Inputs
 from dsa_hal.check import Check
 from dsa_hal.errors import BadInput, ConfigError
-from dsa_hal.facts import facts_of
+from dsa_hal.facts import asking, facts_of
 from dsa_hal.selection import (
     COMPOSITE,
     DETERMINISTIC,
@@ -116,7 +116,7 @@ class Op(Generic[P, R]):
         self.__wrapped__ = reference
         self.reference = reference
         self.version, self.constant, self.variable = version, tuple(constant), tuple(variable)
-        self.sizes = _sizes(reference, variable)
+        self._axes = _axes(reference, variable)
         self.inputs, self.cases, self.check, self.cost = inputs, tuple(cases), check, cost
         self.outputs, self.mutates = tuple(outputs), tuple(mutates)
         self.invalid, self.requests, self.unread = invalid, requests, unread
@@ -133,6 +133,14 @@ class Op(Generic[P, R]):
     @cached_property
     def _facts(self) -> Callable[P, tuple[Hashable, ...]]:
         return facts_of(inspect.unwrap(self.reference))
+
+    @cached_property
+    def _sizes(self) -> Callable[P, tuple[int, ...]]:
+        return asking(inspect.unwrap(self.reference), self._axes)
+
+    def sizes(self, *args: P.args, **kwargs: P.kwargs) -> dict[str, int]:
+        """The sizes of a call's variable axes."""
+        return dict(zip(self.variable, self._sizes(*args, **kwargs), strict=True))
 
     def __repr__(self) -> str:
         return f"<{self.kind} {self.name} v{self.version}>"
@@ -249,15 +257,14 @@ class Op(Generic[P, R]):
 
     def _by_range(self, fit: Sequence[Impl[P, R]], winners: tuple[Winner, ...]) -> Callable[P, R]:
         by_range: dict[tuple[int, ...], Callable[P, R]] = {}
-        sizes = self.sizes
+        powers = [f"({axis}).bit_length()" for axis in self._axes]
+        range_of = asking(inspect.unwrap(self.reference), powers)
 
         def ranged(*args: P.args, **kwargs: P.kwargs) -> R:
-            now = sizes(*args, **kwargs)
-            key = tuple(map(int.bit_length, now.values()))
-            try:
-                fn = by_range[key]
-            except KeyError:
-                fn = by_range[key] = _nearest(fit, winners, now).fn
+            at = range_of(*args, **kwargs)
+            fn = by_range.get(at)
+            if fn is None:
+                fn = by_range[at] = _nearest(fit, winners, self.sizes(*args, **kwargs)).fn
             return fn(*args, **kwargs)
 
         return ranged
@@ -309,26 +316,13 @@ def _nearest(
     return by_name[store.nearest(able, sizes)] if able else fit[0]
 
 
-def _sizes(
-    reference: Callable[..., Any], variable: Mapping[str, str]
-) -> Callable[..., dict[str, int]]:
-    """A function of a call's arguments that gives the sizes of its variable axes."""
-    order = _arguments(reference)[0]
-    places = []
+def _axes(reference: Callable[..., Any], variable: Mapping[str, str]) -> list[str]:
+    """The sizes of variable axes as expressions: "q[0]" becomes "q.shape[0]"."""
+    names = _arguments(reference)[0]
     for axis, where in variable.items():
-        name, _, dim = where.partition("[")
-        if name not in order:
+        if where.partition("[")[0] not in names:
             raise ValueError(f"{reference.__name__}: axis {axis} is sought in {where!r}")
-        places.append((axis, order.index(name), name, int(dim[:-1]) if dim else None))
-
-    def sizes(*args: Any, **kwargs: Any) -> dict[str, int]:
-        given, found = len(args), {}
-        for axis, at, name, dim in places:
-            value = args[at] if at < given else kwargs[name]
-            found[axis] = value if dim is None else value.shape[dim]
-        return found
-
-    return sizes
+    return [where.replace("[", ".shape[") for where in variable.values()]
 
 
 @cache

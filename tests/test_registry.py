@@ -438,11 +438,12 @@ def microseconds(fn: Any, *args: Any) -> float:
     return min(loops) / 500 * 1e6
 
 
-def limit(idle: float) -> float:
-    """A number of microseconds on an idle machine, on this one as it is now: an addition of two
-    numbers by torch took 1.4 us where the limits were set."""
+def fits(limit: float, cost: Any) -> bool:
+    """Whether a cost in microseconds is within its limit, on an idle machine. This one may be busy:
+    the limit grows with the time of adding two numbers by torch, 1.4 us where it was set, and one
+    quiet moment out of ten is enough."""
     one = torch.ones(1)
-    return idle * max(1.0, microseconds(one.add, one) / 1.4)
+    return any(cost() < limit * max(1.0, microseconds(one.add, one) / 1.4) for _ in range(10))
 
 
 def test_a_called_op_costs_little_and_a_bound_one_nothing() -> None:
@@ -454,9 +455,9 @@ def test_a_called_op_costs_little_and_a_bound_one_nothing() -> None:
 
     impl = attend()
     assert sparse_mla.bind(q, kv, indices, softmax_scale=0.1, dim_v=32) is impl.fn
-    assert microseconds(attend) < limit(2.0)
+    assert fits(2.0, lambda: microseconds(attend))
     x = torch.ones(1, 128)
-    assert microseconds(quantize_fp8.select, x) < limit(2.0)
+    assert fits(2.0, lambda: microseconds(quantize_fp8.select, x))
 
 
 def test_answers_are_remembered_by_shapes_dtypes_and_plain_arguments(op: Op[..., Any]) -> None:
@@ -482,7 +483,7 @@ def test_a_range_lookup_costs_about_a_microsecond(op: Op[..., Any], tuned: Path)
     with fresh():
         x = torch.ones(8)
         ranged, bare = op.bind(x), op.select(x).fn
-        assert microseconds(ranged, x) - microseconds(bare, x) < limit(2.0)
+        assert fits(1.5, lambda: microseconds(ranged, x) - microseconds(bare, x))
 
 
 def test_registry_refuses_ops_with_drifting_companions() -> None:
