@@ -36,5 +36,6 @@ def run(args: argparse.Namespace) -> int:
         )
     size = sum(file.stat().st_size for file in files)
     took = output.duration(time.monotonic() - began)
-    output.note(f"{len(files)} rank files, {size / 1e9:.3g} GB, in {args.save_path}, after {took}")
+    count = "1 rank file" if len(files) == 1 else f"{len(files)} rank files"
+    output.note(f"{count}, {size / 1e9:.3g} GB, in {args.save_path}, after {took}")
     return 0
