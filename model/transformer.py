@@ -109,6 +109,8 @@ class Transformer:
 
         lengths  [batch], how many tokens of each row count; the logits of the others are zero
         """
+        if not isinstance(token_ids, Tensor):
+            raise BadInput(f"token ids are a {type(token_ids).__name__}; expected a tensor")
         if token_ids.dim() != 2 or token_ids.is_floating_point():
             raise BadInput(
                 f"token ids are {token_ids.dtype} {list(token_ids.shape)}; expected integers"

@@ -282,6 +282,7 @@ def tiny(tmp_path_factory: Any) -> Transformer:
         (torch.tensor([[3, -1]]), None, "token id -1"),
         (torch.tensor([[0.5]]), None, "float32"),
         (torch.tensor([3]), None, "batch, tokens"),
+        ([[3, 4]], None, "token ids are a list; expected a tensor"),
         (torch.tensor([[3, 4]]), [3], "lengths are .3."),
     ],
 )
