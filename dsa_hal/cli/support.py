@@ -1,6 +1,7 @@
 """Which implementation serves which case of which op on the target in force. Nothing is run.
 
-The table counts; json and csv list every case with the sentence of each refusal.
+The table counts; json and csv list every case with the sentence of each refusal, and whether the
+default run of the tests judges it or leaves it, too large, to `dsa-hal test --max-gflop`.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from dsa_hal.cli import choose, output
+from dsa_hal.matrix import DEFAULT_RUN, cost_of
 from dsa_hal.selection import OPS, current
 from dsa_hal.support import Support, support
 
-COLUMNS = ("target", "op", "impl", "case", "answer", "reason")
+COLUMNS = ("target", "op", "impl", "case", "answer", "default_run", "reason")
 """Of the CSV; the committed tables in ci/support are made of it."""
 
 
@@ -45,6 +47,7 @@ def records(found: Sequence[Support]) -> list[dict[str, Any]]:
             "impl": row.impl,
             "case": case.name,
             "answer": "served" if case.name in row.served else "refused",
+            "default_run": "yes" if DEFAULT_RUN.admits(cost_of(OPS[row.op], case)) else "too large",
             "reason": row.refused.get(case.name, ""),
         }
         for row in found
