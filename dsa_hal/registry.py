@@ -214,14 +214,11 @@ class Op(Generic[P, R]):
         chosen = selection()
         known: dict[Any, Impl[P, R]] = chosen.answers[self.name]
         facts = self._facts(*args, **kwargs)
-        try:
-            return known[facts]
-        except KeyError:
-            impl = self._select(chosen, args, kwargs)
-        if len(known) >= ANSWERS:
-            known.clear()
-        known[facts] = impl
-        return impl
+        if facts not in known:
+            if len(known) >= ANSWERS:
+                known.clear()
+            known[facts] = self._select(chosen, args, kwargs)
+        return known[facts]
 
     def _select(self, chosen: Selection, args: Any, kwargs: Any) -> Impl[P, R]:
         if (wrong := self.invalid(*args, **kwargs)) is not None:
@@ -241,7 +238,13 @@ class Op(Generic[P, R]):
         ]
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        return self.select(*args, **kwargs).fn(*args, **kwargs)
+        """Call the implementation that serves these arguments. A call like an earlier one takes the
+        short way, without passing its arguments on to `select`."""
+        try:
+            impl: Impl[P, R] = selection().answers[self.name][self._facts(*args, **kwargs)]
+        except KeyError:
+            impl = self.select(*args, **kwargs)
+        return impl.fn(*args, **kwargs)
 
     def bind(self, *args: P.args, **kwargs: P.kwargs) -> Callable[P, R]:
         """The function that serves arguments like these: `select` once, then call it directly.

@@ -446,8 +446,13 @@ def fits(limit: float, cost: Any) -> bool:
     return any(cost() < limit * max(1.0, microseconds(one.add, one) / 1.4) for _ in range(10))
 
 
-def test_a_called_op_costs_little_and_a_bound_one_nothing() -> None:
-    """What a call adds is `select`; a bound op is the bare function."""
+def test_a_called_op_costs_little_and_a_bound_one_nothing(op: Op[..., Any]) -> None:
+    """What a call adds, by an op whose implementation does nothing and by the selection of a real
+    one; a bound op is the bare function."""
+    op.impl("cpu", "nothing", contract=3)(lambda x, *, deterministic=False: x)
+    x = torch.ones(8)
+    bare = op.bind(x)
+    assert fits(2.0, lambda: microseconds(op, x) - microseconds(bare, x))
     q, kv, indices = torch.ones(1, 8, 40), torch.ones(9, 40), torch.zeros(1, 1, dtype=torch.int32)
 
     def attend() -> Any:
