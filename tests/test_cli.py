@@ -185,7 +185,10 @@ def test_the_checkpoints_own_sampling_and_template(dsa: Server, tiny: Path) -> N
 
 def test_support(dsa: Server) -> None:
     rows = json.loads(dsa("support", "--format", "json").out)
-    assert {"target", "op", "impl", "case", "answer", "reason"} == set(rows[0])
+    columns = {"target", "op", "impl", "case", "answer", "default_run", "reason"}
+    assert columns == set(rows[0])
+    runs = {r["case"]: r["default_run"] for r in rows if r["op"] == "topk"}
+    assert runs["plain"] == "yes" and runs["prefill_128k"] == "too large"
     assert {r["answer"] for r in rows if r["op"] == "topk"} == {"served"}
     listed = list(csv.DictReader(io.StringIO(dsa("support", "topk", "--format", "csv").out)))
     assert listed == [r for r in rows if r["op"] == "topk"]
