@@ -94,7 +94,7 @@ CACHE = Variable(
     "DSA_HAL_CACHE",
     "folder",
     "~/.cache/dsa_hal",
-    "Where the built-in model and tuning results of this machine are kept.",
+    "Where tuning results of this machine are kept.",
     lambda text: Path(text).expanduser(),
 )
 

@@ -8,8 +8,12 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from dsa_hal.errors import Absent, ConfigError
+
+if TYPE_CHECKING:
+    from dsa_hal.registry import Op
 
 ENTRY_POINTS = "dsa_hal.backends"
 
@@ -22,7 +26,7 @@ class Target:
     arch     what implementations state in `arch=`: "sm90", "gfx950", "910b", "any"
     device   torch device type of the tensors ("cpu", "cuda", "npu")
     name     what the maker calls the device; for people
-    score    `auto` takes the present target with the highest score
+    score    `auto` takes the highest among the present targets that serve all a model needs
     """
 
     backend: str
@@ -72,18 +76,37 @@ def probe(backend: str) -> Target | str:
     return answer
 
 
+def _lacks(backend: str) -> list[str]:
+    """The ops of this package, but those of the family "training", for which a backend has neither
+    a file nor, if they are composites, all parts: what a model would ask of it in vain."""
+    from dsa_hal.selection import OPS
+
+    files = implements(backend)
+
+    def served(op: Op[..., Any]) -> bool:
+        return op.name in files or (op.kind == "composite" and all(map(served, op.uses)))
+
+    asked = [op for op in OPS.values() if op.reference.__module__.startswith("dsa_hal.ops.")]
+    return [op.name for op in asked if op.family != "training" and not served(op)]
+
+
 def detect(choice: str) -> Target:
-    """The Target for DSA_HAL_BACKEND=`choice`.
+    """The Target for DSA_HAL_BACKEND=`choice`; "auto" takes the present one with the highest score
+    that serves every op a model needs.
 
     Raises ConfigError for a name that is not known, Absent for a known backend with no device here.
     """
     known = packages()
     if choice == "auto":
-        present = [t for b in known if isinstance(t := probe(b), Target) and implements(b)]
-        if not present:
-            reasons = "; ".join(f"{b}: {probe(b)}" for b in known)
-            raise Absent(f"no backend can serve this machine ({reasons})")
-        return max(present, key=lambda target: target.score)
+        present = [t for b in known if isinstance(t := probe(b), Target)]
+        for target in sorted(present, key=lambda target: -target.score):
+            if len(present) == 1 or not _lacks(target.backend):
+                return target
+        reasons = [
+            f"{b}: it has no {_lacks(b)[0]}" if isinstance(p := probe(b), Target) else f"{b}: {p}"
+            for b in known
+        ]
+        raise Absent(f"no backend can serve this machine ({'; '.join(reasons)})")
     if choice not in known:
         raise ConfigError(f"unknown backend {choice!r}; known are auto, {', '.join(sorted(known))}")
     answer = probe(choice)

@@ -1,188 +1,26 @@
-"""A small model in the published format, made on the spot: what runs when no model is named.
+"""The small trained model that comes with the package: what runs when no model is named.
 
-Its weights are random, so its text is noise, but its geometry is real: every op of the published
-model runs, sparse selection included once a prompt exceeds 256 tokens.
+`pretrained/` beside this file holds it in the published format, with held-out text to judge it by
+and README.md, its model card. ci/builtin_model builds it.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from torch import Tensor
-
 from dsa_hal.errors import CheckpointError
-from dsa_hal.model.config import BLOCK, ModelConfig, Quant, Rope
-from dsa_hal.model.schema import TensorSpec, blocks, expected
 
-VERSION = "v1-random"
-_SEED = 20250929
-_FP8_MAX = 448.0
-_SPECIALS = ("<bos>", "<eos>")
+_FOLDER = Path(__file__).parent / "pretrained"
 
-CONFIG = ModelConfig(
-    vocab_size=384,
-    hidden_size=512,
-    intermediate_size=1024,
-    moe_intermediate_size=128,
-    num_hidden_layers=3,
-    first_k_dense_replace=1,
-    num_attention_heads=8,
-    n_routed_experts=16,
-    n_shared_experts=1,
-    num_experts_per_tok=4,
-    n_group=4,
-    topk_group=2,
-    q_lora_rank=256,
-    kv_lora_rank=512,
-    qk_nope_head_dim=128,
-    qk_rope_head_dim=64,
-    v_head_dim=128,
-    index_n_heads=32,
-    index_head_dim=128,
-    index_topk=256,
-    max_position_embeddings=65536,
-    rope=Rope(type="yarn", factor=16.0, mscale=1.0, mscale_all_dim=1.0),
-    routed_scaling_factor=2.5,
-    bos_token_id=0,
-    eos_token_ids=(1,),
-    quant=Quant(),
-)
+HELDOUT = "heldout.jsonl"
+"""In its folder: text that it was not trained on."""
 
 
-def builtin_checkpoint(cache_dir: Path) -> Path:
-    """Folder of the built-in model under `cache_dir`, written on the first call.
-
-    The folder appears whole or not at all, also when several processes make it at once, and its
-    bytes are the same everywhere. CheckpointError when the cache cannot be written.
-    """
-    folder = cache_dir / f"builtin-{VERSION}"
-    if folder.is_dir():
-        return folder
-    try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=cache_dir) as temporary:
-            made = Path(temporary) / folder.name
-            made.mkdir()
-            _write(made)
-            try:
-                made.rename(folder)
-            except OSError:
-                if not folder.is_dir():
-                    raise
-    except OSError as error:
+def builtin_checkpoint() -> Path:
+    """Its folder. CheckpointError where the installation lacks it."""
+    if not (_FOLDER / "model.safetensors").is_file():
         raise CheckpointError(
-            f"the built-in model cannot be written to {cache_dir} ({error.strerror}); choose "
-            "another cache folder, or name a model"
-        ) from error
-    return folder
-
-
-def _write(folder: Path) -> None:
-    tokenizer = byte_tokenizer()
-    save_file(dict(_tensors(tokenizer)), folder / "model.safetensors", metadata={"format": "pt"})
-    bos, eos = _SPECIALS
-    files = {
-        "config.json": CONFIG.to_hf() | {"torch_dtype": "bfloat16"},
-        "generation_config.json": {
-            "bos_token_id": CONFIG.bos_token_id,
-            "do_sample": True,
-            "eos_token_id": CONFIG.eos_token_ids[0],
-            "temperature": 1.0,
-            "top_p": 0.95,
-        },
-        "tokenizer_config.json": {
-            "add_bos_token": True,
-            "add_eos_token": False,
-            "bos_token": bos,
-            "clean_up_tokenization_spaces": False,
-            "eos_token": eos,
-            "model_max_length": CONFIG.max_position_embeddings,
-            "tokenizer_class": "PreTrainedTokenizerFast",
-        },
-    }
-    for name, content in files.items():
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    (folder / "tokenizer.json").write_text(tokenizer.to_str(pretty=True), encoding="utf-8")
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-
-
-def byte_tokenizer() -> Tokenizer:
-    """Byte-level BPE without merges: one token a byte, after the specials at ids 0 and 1."""
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {text: i for i, text in enumerate((*_SPECIALS, *letters))}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(text, special=True) for text in _SPECIALS])
-    return tokenizer
-
-
-def _tensors(tokenizer: Tokenizer) -> Iterator[tuple[str, Tensor]]:
-    for name, value in random_tensors(CONFIG, _SEED):
-        if name == "lm_head.weight":
-            value *= _likelihood(tokenizer)[:, None].to(value.dtype)
-        yield name, value
-
-
-def random_tensors(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a model with random weights, by canonical name, in the published dtypes:
-    linears e4m3 with their scales when `config.quant` is set, the routing bias fp32, else bf16."""
-    generator = torch.Generator().manual_seed(seed)
-    for spec in expected(config).values():
-        value = _random(spec, generator)
-        if spec.kind == "linear" and config.quant is not None:
-            weight, scale = quantize_blocks(value)
-            yield spec.name, weight
-            yield spec.scale_name, scale
-        elif spec.name.endswith("e_score_correction_bias"):
-            yield spec.name, value
-        else:
-            yield spec.name, value.to(torch.bfloat16)
-
-
-def _random(spec: TensorSpec, generator: torch.Generator) -> Tensor:
-    """Uniform, because unlike the normal it is computed the same bit for bit on every CPU.
-
-    Matrices get a deviation of fan_in^-0.5, embeddings 1, so that activations keep their size;
-    norm weights lie around 1, biases around 0.
-    """
-    unit: Tensor = torch.empty(spec.shape).uniform_(-1, 1, generator=generator)
-    if spec.name == "model.embed_tokens.weight":
-        return unit * math.sqrt(3)
-    if len(spec.shape) == 2:
-        return unit * math.sqrt(3 / spec.shape[1])
-    return unit * 0.1 if spec.name.endswith("bias") else 1 + unit * 0.1
-
-
-def _likelihood(tokenizer: Tokenizer) -> Tensor:
-    """Factor on each token's logit [vocab]: 4 for printable ASCII, so that one token stands out,
-    1 for other bytes, 0 for specials and unused ids: noise that is readable and does not stop."""
-    factor = torch.zeros(CONFIG.vocab_size)
-    for token in range(len(_SPECIALS), tokenizer.get_vocab_size()):
-        text = tokenizer.decode([token])
-        factor[token] = 4.0 if text.isascii() and (text.isprintable() or text == "\n") else 1.0
-    return factor
-
-
-def quantize_blocks(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32 [out, in] to e4m3 [out, in] and fp32 scales [ceil(out/128), ceil(in/128)], each the
-    least power of two that keeps its block within 448."""
-    rows, columns = blocks(tuple(weight.shape))
-    padded = torch.zeros(rows * BLOCK, columns * BLOCK)
-    padded[: weight.shape[0], : weight.shape[1]] = weight
-    tiles = padded.view(rows, BLOCK, columns, BLOCK)
-    mantissa, exponent = torch.frexp(tiles.abs().amax(dim=(1, 3)).clamp(min=1e-4) / _FP8_MAX)
-    scale = torch.ldexp(torch.ones_like(mantissa), exponent - (mantissa == 0.5).int())
-    values = (tiles / scale[:, None, :, None]).to(torch.float8_e4m3fn)
-    values = values.view(rows * BLOCK, columns * BLOCK)[: weight.shape[0], : weight.shape[1]]
-    return values.contiguous(), scale
+            f"this installation lacks the built-in model ({_FOLDER} holds no model.safetensors);"
+            " install dsa_hal again, or name a checkpoint folder with --model"
+        )
+    return _FOLDER

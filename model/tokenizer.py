@@ -56,7 +56,7 @@ class TextStream:
 
 class Tokenizer:
     """Made by `Tokenizer.load`. `eos_ids`: any of them ends a text. `chat_template`: jinja source
-    or None. `vocab_size`: ids are below it."""
+    or None. `vocab_size`: ids are below it. `core`: the library's own tokenizer."""
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class Tokenizer:
         eos_ids: Sequence[int],
         chat_template: str | None,
     ) -> None:
-        self._core = core
+        self.core = core
         self._bos, self._eos = bos_token, eos_token
         self.bos_id = None if bos_token is None else core.token_to_id(bos_token)
         self.eos_ids = tuple(eos_ids)
@@ -113,7 +113,7 @@ class Tokenizer:
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
         """Token ids of a text; `add_bos` puts the begin-of-text token first unless it is there."""
-        ids = self._core.encode(text, add_special_tokens=False).ids
+        ids = self.core.encode(text, add_special_tokens=False).ids
         if add_bos and self.bos_id is not None and ids[:1] != [self.bos_id]:
             ids = [self.bos_id, *ids]
         return ids
@@ -152,10 +152,10 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids; special tokens and unused ids give nothing."""
-        return self._core.decode(list(ids), skip_special_tokens=True)
+        return self.core.decode(list(ids), skip_special_tokens=True)
 
     def stream(self) -> TextStream:
-        return TextStream(self._core)
+        return TextStream(self.core)
 
 
 def _object(path: Path) -> dict[str, Any]:

@@ -47,6 +47,7 @@ class Transformer:
     notes        sentences about what the checkpoint holds and this model leaves out
     max_context  tokens a request may have, prompt and continuation together
     form         "mha" or "mqa" overrides the rule that picks a prefill step's form of attention
+    attention_ops  the ops that all layers share; `quality` measures what others in their place do
     """
 
     def __init__(
@@ -69,8 +70,9 @@ class Transformer:
         self.served = bind.served
         self.rope = RopeTable(c, self.device)
         self.embedding = load.plain("model.embed_tokens.weight", self.formats.activations)
-        ops = AttentionOps(bind, c, self.formats)
-        self.blocks = [Block(load, ops, layer) for layer in range(c.num_hidden_layers)]
+        self.attention_ops = AttentionOps(bind, c, self.formats)
+        layers = range(c.num_hidden_layers)
+        self.blocks = [Block(load, self.attention_ops, layer) for layer in layers]
         self.norm = load.plain("model.norm.weight")
         self.head = load.exact("lm_head.weight")
         x = meta(2, c.hidden_size, dtype=self.formats.activations)

@@ -13,12 +13,13 @@ from typing import Any
 
 import pytest
 import torch
+from random_model import random_tensors
 from safetensors.torch import load_file, save_file
 from small import SMALL
 
 from dsa_hal.errors import CheckpointError, DsaHalError
 from dsa_hal.model import checkpoint as checkpoint_module
-from dsa_hal.model.builtin import builtin_checkpoint, quantize_blocks, random_tensors
+from dsa_hal.model.blocks import quantize_blocks
 from dsa_hal.model.checkpoint import Checkpoint
 from dsa_hal.model.config import ModelConfig
 from dsa_hal.model.schema import expected
@@ -418,28 +419,6 @@ def test_opening_maps_and_never_holds_the_file(tmp_path: Path) -> None:
     opened, read_all = map(int, run.stdout.split())
     assert opened < 16
     assert read_all < 100
-
-
-def test_builtin_model_is_whole_finite_and_reproducible(tmp_path: Path) -> None:
-    first = builtin_checkpoint(tmp_path / "a")
-    second = builtin_checkpoint(tmp_path / "b")
-    for file in sorted(first.iterdir()):
-        assert file.read_bytes() == (second / file.name).read_bytes(), file.name
-    stamp = (first / "config.json").stat().st_mtime_ns
-    assert builtin_checkpoint(tmp_path / "a") == first
-    assert (first / "config.json").stat().st_mtime_ns == stamp
-    assert [path.name for path in (tmp_path / "a").iterdir()] == [first.name]
-    with Checkpoint.open(first) as ckpt:
-        ckpt.check_finite()
-        assert ckpt.weights_dtype == "fp8" and ckpt.notes() == []
-        assert ckpt.tokenizer_path == first
-        assert ckpt.tensor("model.layers.1.mlp.gate.e_score_correction_bias").abs().max() > 0.01
-
-
-def test_builtin_refuses_an_unusable_cache(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="choose another cache folder"):
-        builtin_checkpoint(tmp_path / "file")
 
 
 def test_block_scales_are_the_least_powers_of_two() -> None:

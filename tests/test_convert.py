@@ -17,12 +17,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from random_model import random_checkpoint, random_tensors
 from safetensors.torch import load_file, save_file
 from small import SMALL
 
 from dsa_hal.errors import CheckpointError, DsaHalError
 from dsa_hal.model import shards
-from dsa_hal.model.builtin import builtin_checkpoint, random_tensors
 from dsa_hal.model.checkpoint import Checkpoint
 from dsa_hal.model.config import ModelConfig
 from dsa_hal.model.convert import convert
@@ -134,8 +134,8 @@ def test_every_tensor_arrives_under_the_demos_name(tmp_path: Path, ranks: int, f
             assert torch.equal(raw(ours), raw(theirs))
 
 
-def test_builtin_model_converts(tmp_path: Path) -> None:
-    hf = builtin_checkpoint(tmp_path)
+def test_fp8_model_converts(tmp_path: Path) -> None:
+    hf = random_checkpoint(tmp_path / "hf")
     convert(hf, tmp_path / "demo", 16, 1)
     with Checkpoint.open(tmp_path / "demo") as demo, Checkpoint.open(hf) as original:
         assert demo.config.softmax_scale == original.config.softmax_scale

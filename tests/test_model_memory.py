@@ -12,9 +12,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from random_model import CONFIG, random_checkpoint, random_tensors
 from safetensors.torch import save_file
 
-from dsa_hal.model.builtin import CONFIG, builtin_checkpoint, random_tensors
 from dsa_hal.model.config import ModelConfig
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/status")
@@ -93,5 +93,5 @@ def test_prefill_memory_grows_linearly(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_32768_tokens_prefill_in_4_gib(tmp_path: Path) -> None:
-    got = measured(builtin_checkpoint(tmp_path), 32768)
+    got = measured(random_checkpoint(tmp_path), 32768)
     assert got["peak"] < 4096 * MIB

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from random_model import CONFIG, byte_tokenizer
 from tokenizers import AddedToken
 
 from dsa_hal.errors import BadInput, CheckpointError
-from dsa_hal.model.builtin import CONFIG, byte_tokenizer
 from dsa_hal.model.tokenizer import Tokenizer
 
 TEXT = "Zwölf Boxkämpfer 世界 🙂 \t\n end"

@@ -22,12 +22,14 @@ PROGRAM = "dsa-hal"
 
 COMMANDS = {
     "generate": "text from a checkpoint, or from the small built-in model",
+    "train": "a model by the paper's stages, from one YAML file",
     "convert": "a Hugging Face checkpoint into the demo's format",
     "doctor": "what is installed here, which devices are seen, and whether the ops work",
     "support": "which implementation serves which case of which op",
     "explain": "why an op is served by what serves it",
     "test": "judge implementations against the references on this device",
     "bench": "time implementations side by side, each checked first",
+    "report": "what the sparse attention costs in quality, as tables and a picture",
 }
 
 WRONG_REQUEST, INTERRUPTED, PIPE_CLOSED = 2, 130, 141

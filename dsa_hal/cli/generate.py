@@ -17,7 +17,6 @@ import io
 import sys
 from pathlib import Path
 
-from dsa_hal import env
 from dsa_hal.cli import choose, output
 from dsa_hal.cli.interactive import converse
 from dsa_hal.cli.session import Session, Settings, Work
@@ -76,8 +75,8 @@ def run(args: argparse.Namespace) -> int:
         texts = _prompts(args)
         path = args.model
         if path is None:
-            output.note("no --model: the built-in model (random weights, its text is noise)")
-            path = builtin_checkpoint(env.CACHE.read())
+            output.note("no --model: the built-in model, small and trained on technical documentation")
+            path = builtin_checkpoint()
         session = Session.open(path, _settings(args))
         if args.interactive:
             session.load(args.precision, args.check_finite, args.explain)

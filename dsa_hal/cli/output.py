@@ -95,15 +95,15 @@ def as_csv(columns: Sequence[str], records: Sequence[Mapping[str, Any]]) -> str:
     return text.getvalue()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """The whole text or nothing: a file beside `path`, synced, then renamed over it.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """The whole content or nothing: a file beside `path`, synced, then renamed over it.
 
     Raises BadInput that names the path and the system's reason."""
     beside = None
     try:
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
             beside = Path(file.name)
-            file.write(text)
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         beside.chmod(0o644)

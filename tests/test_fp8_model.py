@@ -1,4 +1,4 @@
-"""The FP8 model: the checkpoint that is built in, on quantised weights, activations and caches."""
+"""The FP8 model with random weights: quantised weights, activations and caches."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from oracle import one_thread, prompt
+from random_model import random_checkpoint
 from torch import Tensor
 
 import dsa_hal
 from dsa_hal.model import Precision, Transformer, generate
-from dsa_hal.model.builtin import builtin_checkpoint
 from dsa_hal.ops.indexer import indexer_logits
 
 VOCAB = 258
@@ -33,7 +33,7 @@ def few_threads() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: Any) -> Any:
-    return builtin_checkpoint(tmp_path_factory.mktemp("builtin"))
+    return random_checkpoint(tmp_path_factory.mktemp("random"))
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,1 @@
+"""How good the sparse attention of a checkpoint is, measured: perplexity, recall, needles."""

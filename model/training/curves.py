@@ -1,0 +1,63 @@
+"""The losses of a run as a picture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dsa_hal.errors import ConfigError
+from dsa_hal.model.training.settings import STAGES
+
+_TITLES = {
+    "dense": "Dense pre-training", "warmup": "Indexer warm-up", "sparse": "Sparse training"
+}  # fmt: skip
+_LINES = (
+    ("loss", "training text", "#9db8d9", 0.8),
+    ("heldout", "held-out, dense attention", "#1f4e8c", 1.8),
+    ("heldout_sparse", "held-out, sparse attention", "#c8553d", 1.8),
+)
+
+
+def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """One panel a stage, text loss above and the indexer's below, into a PNG or SVG. ConfigError
+    without matplotlib."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ConfigError(
+            "the picture needs matplotlib; install it with: pip install 'dsa-hal[report]'"
+        ) from None
+    stages = [name for name in STAGES if any(r["stage"] == name for r in records)]
+    figure = Figure(figsize=(4.2 * max(1, len(stages)), 5.6), layout="constrained")
+    grid = figure.subplots(2, max(1, len(stages)), squeeze=False, sharex="col")
+    for column, stage in enumerate(stages):
+        here = [r for r in records if r["stage"] == stage]
+        text, index = grid[0][column], grid[1][column]
+        for key, label, colour, width in _LINES:
+            _line(text, here, key, label, colour, width)
+        _line(index, here, "index_loss", "KL to the attention", "#5b8c5a", 0.9)
+        text.set_title(_TITLES[stage], loc="left", fontsize=11)
+        index.set_xlabel("step")
+        for axes in (text, index):
+            axes.grid(alpha=0.25, linewidth=0.6)
+            axes.spines[["top", "right"]].set_visible(False)
+            if axes.lines:
+                axes.legend(frameon=False, fontsize=8)
+            else:
+                axes.text(0.5, 0.5, "not trained here", ha="center", va="center",
+                          transform=axes.transAxes, color="#888888", fontsize=9)  # fmt: skip
+    grid[0][0].set_ylabel("nats per token")
+    grid[1][0].set_ylabel("nats per token and layer")
+    partial = path.with_name(f".{path.name}.partial{path.suffix}")
+    figure.savefig(partial, dpi=140)
+    os.replace(partial, path)
+
+
+def _line(
+    axes: Any, records: Sequence[dict[str, Any]], key: str, label: str, colour: str, width: float
+) -> None:
+    points = [(r["step"], r[key]) for r in records if key in r]
+    if points:
+        axes.plot(*zip(*points, strict=True), label=label, color=colour, linewidth=width)
