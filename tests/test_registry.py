@@ -236,10 +236,11 @@ def test_unknown_and_absent_backends() -> None:
 
 
 def test_auto_passes_over_devices_without_implementations(monkeypatch: pytest.MonkeyPatch) -> None:
+    every = frozenset(OPS)
     monkeypatch.setattr(target, "probe", lambda b: target.Target(b, "x", score=ord(b[0])))
-    monkeypatch.setattr(target, "implements", lambda b: frozenset({"topk"} if b == "cpu" else ()))
+    monkeypatch.setattr(target, "implements", lambda b: every if b == "cpu" else frozenset())
     assert target.detect("auto").backend == "cpu"
-    monkeypatch.setattr(target, "implements", lambda b: frozenset({"topk"}))
+    monkeypatch.setattr(target, "implements", lambda b: every)
     assert target.detect("auto").backend == "rocm"
 
 
@@ -339,7 +340,12 @@ def test_entry_points_add_backends_and_contracts_are_refused(tmp_path: Path) -> 
     """
     for contract, want in ((1, "abacus/beads"), (99, "written for contract 99, this op has 1")):
         (package / "quantize_fp8.py").write_text(source.replace("CONTRACT", str(contract)))
-        done = in_process(code, PYTHONPATH=str(tmp_path), PYTHONDONTWRITEBYTECODE="1")
+        done = in_process(
+            code,
+            DSA_HAL_BACKEND="abacus",
+            PYTHONPATH=str(tmp_path),
+            PYTHONDONTWRITEBYTECODE="1",
+        )
         assert want in done.stdout, done.stdout + done.stderr
 
 

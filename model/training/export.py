@@ -140,14 +140,15 @@ def _save(folder: Path, tensors: Mapping[str, Tensor], limit: int) -> None:
             size = 0
         shards[-1][name] = value
         size += value.nbytes
-    if len(shards) == 1:
-        save_file(shards[0], folder / "model.safetensors", metadata={"format": "pt"})
-        return
     places: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
-        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        part = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        file = f"model{part}.safetensors"
         save_file(shard, folder / file, metadata={"format": "pt"})
+        (folder / file).chmod(0o644)  # the library keeps it to its owner
         places |= dict.fromkeys(shard, file)
+    if len(shards) == 1:
+        return
     total = sum(value.nbytes for value in tensors.values())
     index = {"metadata": {"total_size": total}, "weight_map": places}
     _dump(folder / "model.safetensors.index.json", index)

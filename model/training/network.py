@@ -132,10 +132,10 @@ class Attention(nn.Module):
         else:
             chosen = self._select(q_index, k_index, weights, rows)
             out = self._sparse(absorbed, keys, chosen)
-        spans = (rows.ks, rows.ke) if chosen is None else (None, None)
         loss = autograd.indexer_kl(
-            q_index, k_index, weights, absorbed.detach(), keys.detach(), *spans, chosen,
-            softmax_scale=c.softmax_scale,
+            q_index, k_index, weights, absorbed.detach(), keys.detach(),
+            ks=rows.ks if chosen is None else None, ke=rows.ke if chosen is None else None,
+            indices=chosen, softmax_scale=c.softmax_scale,
         )  # fmt: skip
         return self.o_proj(out.flatten(1)), loss
 
