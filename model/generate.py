@@ -49,6 +49,7 @@ def generate(
     max_new_tokens: int = 128,
     temperature: float = 0.0,
     top_p: float = 1.0,
+    repetition_penalty: float = 1.0,
     seed: int = 0,
     stop_ids: Sequence[int] | None = None,
     prefill_chunk: int = PREFILL_CHUNK,
@@ -62,6 +63,8 @@ def generate(
     max_new_tokens  at most so many; fewer if a stop token comes or `model.max_context` is reached
     temperature     0 takes the likeliest token; else softmax(logits / temperature) in fp32
     top_p           sample among the likeliest tokens whose probabilities first reach it, in (0, 1]
+    repetition_penalty  above 1 makes tokens that the prompt or the answer holds less likely, as in
+                    transformers: a logit above 0 is divided by it, another multiplied; 1 = none
     seed            row i draws from a generator of its own, seeded with seed + i
     stop_ids        None = the config's eos tokens
     on_token        called as (row, token id) for every new token, in the order they come
@@ -73,7 +76,7 @@ def generate(
     stops = frozenset(model.config.eos_token_ids if stop_ids is None else stop_ids)
     if max_new_tokens < 0:
         raise BadInput(f"max_new_tokens is {max_new_tokens}; it must be 0 or more")
-    choose = Sampler(temperature, top_p, seed)
+    choose = Sampler(temperature, top_p, repetition_penalty, seed)
     checked = [model.checked(prompt) for prompt in prompts]
     out: list[list[int]] = [[] for _ in checked]
     if not checked or max_new_tokens == 0:
@@ -96,7 +99,7 @@ def generate(
 
     def take(row: int, logits: Tensor) -> None:
         """Choose row's next token; `live` keeps the rows that go on."""
-        token = choose(row, logits)
+        token = choose(row, logits, [*checked[row].tolist(), *out[row]])
         live.pop(row, None)
         if token not in stops:
             out[row].append(token)
@@ -125,22 +128,35 @@ def generate(
 
 
 class Sampler:
-    """Picks one token from logits [vocab]; the same seed picks the same tokens, whatever else runs.
+    """Picks one token from logits [vocab], knowing the tokens so far; the same seed picks the same
+    tokens, whatever else runs.
 
     Draws come from generators of its own on the CPU, one per row, never from torch's global one.
     """
 
-    def __init__(self, temperature: float, top_p: float, seed: int) -> None:
+    def __init__(
+        self, temperature: float, top_p: float, repetition_penalty: float, seed: int
+    ) -> None:
         if not (math.isfinite(temperature) and temperature >= 0):
             raise BadInput(f"temperature is {temperature}; it must be 0 (greedy) or above 0")
         if not 0 < top_p <= 1:
             raise BadInput(f"top_p is {top_p}; it must be above 0 and at most 1")
+        if not (math.isfinite(repetition_penalty) and repetition_penalty > 0):
+            raise BadInput(
+                f"repetition_penalty is {repetition_penalty}; it must be above 0, and 1 is none"
+            )
         if not 0 <= seed < 1 << 63:
             raise BadInput(f"seed is {seed}; it must be an integer from 0 to 2^63 - 1")
         self._temperature, self._top_p, self._seed = temperature, top_p, seed
+        self._penalty = repetition_penalty
         self._generators: dict[int, torch.Generator] = {}
 
-    def __call__(self, row: int, logits: Tensor) -> int:
+    def __call__(self, row: int, logits: Tensor, so_far: Sequence[int]) -> int:
+        if self._penalty != 1:
+            seen = torch.tensor(sorted(set(so_far)), device=logits.device)
+            held = logits[seen]
+            less = torch.where(held > 0, held / self._penalty, held * self._penalty)
+            logits = logits.index_copy(0, seen, less)
         if self._temperature == 0:
             return int(logits.argmax())
         if row not in self._generators:

@@ -105,6 +105,7 @@ def test_nothing_asked_nothing_made(model: Transformer) -> None:
         ([[5] * 70], {}, "70 tokens leaves no room"),
         ([[5], [199]], {}, "token id 199"),
         ([[5]], dict(temperature=-0.1), "temperature is -0.1"),
+        ([[5]], dict(repetition_penalty=0.0), "repetition_penalty is 0.0"),
         ([[5]], dict(temperature=float("nan")), "temperature is nan"),
         ([[5]], dict(temperature=float("inf")), "temperature is inf"),
         ([[5]], dict(top_p=0.0), "top_p is 0.0"),
@@ -125,17 +126,17 @@ def test_bad_wishes_are_refused(model: Transformer, prompts: Any, options: Any, 
 
 def draws(sampler: Sampler, probabilities: list[float], count: int) -> list[int]:
     logits = torch.tensor(probabilities).log()
-    return [sampler(0, logits) for _ in range(count)]
+    return [sampler(0, logits, []) for _ in range(count)]
 
 
 def test_sampling_follows_the_probabilities() -> None:
     wanted = [0.1, 0.6, 0.3]
-    got = torch.tensor(draws(Sampler(1.0, 1.0, 3), wanted, 4000)).bincount(minlength=3) / 4000
+    got = torch.tensor(draws(Sampler(1.0, 1.0, 1.0, 3), wanted, 4000)).bincount(minlength=3) / 4000
     assert torch.allclose(got, torch.tensor(wanted), atol=0.04)
 
 
 def test_temperature_sharpens() -> None:
-    got = torch.tensor(draws(Sampler(0.5, 1.0, 3), [0.25, 0.75], 4000)).float().mean()
+    got = torch.tensor(draws(Sampler(0.5, 1.0, 1.0, 3), [0.25, 0.75], 4000)).float().mean()
     assert abs(float(got) - 0.9) < 0.03
 
 
@@ -143,11 +144,11 @@ def test_temperature_sharpens() -> None:
     ("top_p", "kept"), [(0.5, {1}), (0.6001, {1, 2}), (0.9, {1, 2}), (1.0, {0, 1, 2})]
 )
 def test_top_p_keeps_the_fewest_likeliest_that_reach_it(top_p: float, kept: set[int]) -> None:
-    assert set(draws(Sampler(1.0, top_p, 3), [0.1, 0.6, 0.3], 500)) == kept
+    assert set(draws(Sampler(1.0, top_p, 1.0, 3), [0.1, 0.6, 0.3], 500)) == kept
 
 
 def test_a_tiny_temperature_is_greedy() -> None:
-    assert draws(Sampler(1e-30, 1.0, 0), [0.1, 0.6, 0.3], 20) == [1] * 20
+    assert draws(Sampler(1e-30, 1.0, 1.0, 0), [0.1, 0.6, 0.3], 20) == [1] * 20
 
 
 def test_a_conversation_reads_only_what_is_new(model: Transformer) -> None:
@@ -170,3 +171,17 @@ def test_a_conversation_reads_only_what_is_new(model: Transformer) -> None:
     assert same == answer and memory.reused == len(branch) - 1
     with pytest.raises(BadInput, match="there are 2 prompts; a memory belongs to one"):
         generate(model, [branch, branch], memory=memory)
+
+
+def test_repetition_penalty_is_that_of_transformers() -> None:
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    process, generator = RepetitionPenaltyLogitsProcessor(1.7), torch.Generator().manual_seed(0)
+    moved = 0
+    for _ in range(200):
+        logits = torch.randn(12, generator=generator)
+        so_far = torch.randint(12, (1, 8), generator=generator)
+        want = int(process(so_far, logits[None])[0].argmax())
+        assert Sampler(0.0, 1.0, 1.7, 0)(0, logits, so_far[0].tolist()) == want
+        moved += want != int(logits.argmax())
+    assert moved > 20

@@ -1,4 +1,4 @@
-"""The trainer: its network is the model, its stages train what they should, a run repeats itself."""
+"""The trainer: its network is the model, its stages train what they should, runs repeat."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ MODEL: dict[str, Any] = dict(
     routed_scaling_factor=2.5, tie_word_embeddings=True, bos_token_id=0, eos_token_id=1,
     rms_norm_eps=1e-6,
 )  # fmt: skip
-WORDS = "the quick brown fox jumps over the lazy dog and runs into the dark forest ".split()
+WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "runs", "away")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -2,9 +2,9 @@
 
     python ci/builtin_model/corpus.py --out DIR [--cache DIR] [--only NAME]
 
-Writes DIR/train.jsonl and DIR/heldout.jsonl ({"text", "source"} a line) and DIR/sources.csv. Packages
-come by name through pip and apt-get (run `apt-get update` once before). Wants groff for manual pages
-and the packages of requirements.txt. The same packages give the same bytes.
+Writes DIR/train.jsonl and DIR/heldout.jsonl ({"text", "source"} a line) and DIR/sources.csv.
+Packages come by name through pip and apt-get (run `apt-get update` once before). Wants Debian 12 on
+x86-64 with groff, Python 3.11 and requirements.txt. The same packages give the same bytes.
 """
 
 from __future__ import annotations
@@ -15,50 +15,27 @@ import hashlib
 import json
 import os
 import pickle
-import subprocess
+import shutil
 import sys
-import zipfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
-from fnmatch import fnmatch
 from itertools import repeat
 from pathlib import Path
 
 import yaml
 from clean import Cleaner
-from extract import Block, next_page, page_blocks
+from extract import page_blocks
+from html_pages import next_page
+from markup import Block
+from packages import DROPPED, Missing, Source, fetch, files
 
 HERE = Path(__file__).resolve().parent
+EXTRACTORS = ("extract.py", "html_pages.py", "markup.py")
 SHORTEST = 2_000  # characters; a shorter document is dropped
 JOINED = 24_000  # pages are joined until a document has this many
 HELDOUT_SHORTEST, HELDOUT_BYTES, HELDOUT_PER_PACKAGE = 20_000, 1_500_000, 60_000
-DROPPED = (
-    "*genindex*", "*py-modindex*", "*/search.html*", "*/_modules/*", "*/_sources/*", "*/_static/*",
-    "*changelog*", "*changes*", "*[Cc]hange[Ll]og*", "*CHANGE*", "*release_notes*", "*releasenotes*",
-    "*/whatsnew/*", "*relnotes*", "*history.html", "*authors.html", "*license*.html", "*LICENSE*",
-    "*/index-all.html",
-)  # fmt: skip
-
-
-class Missing(Exception):
-    """A sentence: which package is not there, and what to do."""
-
-
-@dataclass(frozen=True)
-class Source:
-    """One package of sources.yaml. `take` and `drop` are globs on paths inside the package (`*` also
-    crosses folders); `cap_mb` limits its text."""
-
-    name: str
-    registry: str
-    version: str
-    licence: str
-    format: str
-    take: Sequence[str]
-    drop: Sequence[str] = ()
-    cap_mb: float = 25.0
 
 
 @dataclass
@@ -77,52 +54,6 @@ class Document:
         return hashlib.sha256(self.name.encode()).digest()
 
 
-def fetch(source: Source, cache: Path) -> Path:
-    """Folder with the package's files, downloaded unless `cache` has it."""
-    folder = cache / "files" / f"{source.name}-{source.version.replace(':', '.')}"
-    if folder.is_dir():
-        return folder
-    archives = cache / "archives" / source.name
-    archives.mkdir(parents=True, exist_ok=True)
-    debian = source.registry == "debian"
-    if debian:
-        command = ["apt-get", "download", f"{source.name}={source.version}"]
-    else:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--only-binary=:all:", f"{source.name}=={source.version}"]
-    done = subprocess.run(command, cwd=archives, capture_output=True, text=True, check=False)
-    found = sorted(archives.glob("*.deb" if debian else "*.whl"))
-    if done.returncode or not found:
-        reason = (done.stderr.strip().splitlines() or ["nothing was downloaded"])[-1]
-        raise Missing(
-            f"{source.registry} does not give {source.name} {source.version} ({reason}); name a "
-            "version that it has in sources.yaml"
-        )
-    made = folder.with_name(folder.name + ".part")
-    made.mkdir(parents=True, exist_ok=True)
-    if debian:
-        subprocess.run(["dpkg-deb", "-x", str(found[0]), str(made)], check=True)
-    else:
-        with zipfile.ZipFile(found[0]) as wheel:
-            names = [n for n in wheel.namelist() if n.endswith((".py", ".json.gz"))]
-            wheel.extractall(made, names)
-    os.replace(made, folder)
-    return folder
-
-
-def files(source: Source, folder: Path) -> list[Path]:
-    """What `take` names and `drop` does not, in order of path; links count once."""
-    found: dict[int, Path] = {}
-    for path in sorted(folder.rglob("*")):
-        inside = path.relative_to(folder).as_posix()
-        if any(fnmatch(inside, glob) for glob in source.take) and not any(
-            fnmatch("/" + inside, glob) for glob in (*DROPPED, *source.drop)
-        ):
-            if path.is_file() and not path.is_symlink():
-                found.setdefault(path.stat().st_ino, path)
-    return list(found.values())
-
-
 def _extract(path: Path, form: str, name: str) -> tuple[list[Block], str | None]:
     try:
         blocks = page_blocks(path, form, name)
@@ -134,7 +65,7 @@ def _extract(path: Path, form: str, name: str) -> tuple[list[Block], str | None]
 
 def extracted(source: Source, cache: Path) -> list[tuple[str, list[Block]]]:
     """(name, blocks) of every page in reading order; kept in `cache` while the extractors stay."""
-    code = b"".join((HERE / name).read_bytes() for name in ("extract.py", "markup.py"))
+    code = b"".join((HERE / name).read_bytes() for name in EXTRACTORS)
     digest = hashlib.sha256(code + repr((source, DROPPED)).encode()).hexdigest()[:16]
     kept = cache / "blocks" / f"{source.name}-{digest}.pickle"
     if kept.is_file():
@@ -179,7 +110,9 @@ def _reading_order(paths: list[Path], following: dict[Path, Path]) -> Iterator[P
             path = following.get(path)
 
 
-def documents(source: Source, pages: list[tuple[str, list[Block]]], cleaner: Cleaner) -> list[Document]:
+def documents(
+    source: Source, pages: list[tuple[str, list[Block]]], cleaner: Cleaner
+) -> list[Document]:
     """Pages that stand one after the other make one document until it is long enough."""
     made: list[Document] = []
     length = JOINED
@@ -209,10 +142,8 @@ def split(made: list[Document]) -> tuple[list[Document], list[Document]]:
     total = 0
     for document in sorted(made, key=lambda each: each.rank):
         size = len(document.text)
-        fits = HELDOUT_SHORTEST <= size and of_package[document.package] + size <= (
-            HELDOUT_PER_PACKAGE
-        )
-        if fits and total < HELDOUT_BYTES:
+        fits = of_package[document.package] + size <= HELDOUT_PER_PACKAGE
+        if fits and size >= HELDOUT_SHORTEST and total < HELDOUT_BYTES:
             heldout.add(document.name)
             of_package[document.package] += size
             total += size
@@ -247,7 +178,9 @@ def write_table(path: Path, sources: list[Source], made: list[Document]) -> None
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--cache", type=Path, help="keeps downloads and extracted pages [OUT/cache]")
+    parser.add_argument(
+        "--cache", type=Path, help="keeps downloads and extracted pages [OUT/cache]"
+    )
     parser.add_argument("--only", action="append", help="package to take; may be repeated")
     options = parser.parse_args()
     cache = (options.cache or options.out / "cache").resolve()
@@ -255,6 +188,9 @@ def main() -> int:
     listed = yaml.safe_load((HERE / "sources.yaml").read_text(encoding="utf-8"))
     sources = [Source(**each) for each in listed]
     sources = [each for each in sources if not options.only or each.name in options.only]
+    if shutil.which("groff") is None and any(each.format == "man" for each in sources):
+        print("corpus.py: manual pages want groff, which is absent; install it", file=sys.stderr)
+        return 1
     cleaner, made, missing = Cleaner(), [], []
     for source in sources:
         try:
@@ -267,7 +203,9 @@ def main() -> int:
         size = sum(len(document.text) for document in got)
         print(f"{source.name}: {len(got)} documents, {size / 1e6:.2f} MB", file=sys.stderr)
     train, heldout = split(made)
-    sizes = [write(options.out / f"{n}.jsonl", d) for n, d in (("train", train), ("heldout", heldout))]
+    sizes = [
+        write(options.out / f"{n}.jsonl", d) for n, d in (("train", train), ("heldout", heldout))
+    ]
     write_table(options.out / "sources.csv", sources, made)
     print(f"train {sizes[0] / 1e6:.1f} MB, held-out {sizes[1] / 1e6:.2f} MB", file=sys.stderr)
     for sentence in missing:

@@ -14,9 +14,11 @@ Block = tuple[str, str]
 _RULE = re.compile(r"^([=\-~^\"'*+#`.])\1{2,}\s*$")
 _BULLET = re.compile(r"^([-*+]|\d{1,2}[.)]|\(\d+\))\s+(?=\S)")
 _DIRECTIVE = re.compile(r"^\.\.\s+([\w:-]+)::\s*(.*)$")
-_FIELD = re.compile(r"^:([^:`]+):(?:\s+(.*))?$")
+_FIELD = re.compile(r"^:(\w[^:`]*):(?:\s+(.*))?$")
 _PARAMETER = re.compile(r"^(\*{0,2}\w[\w.]*(?:, \*{0,2}\w+)*)\s:\s(.+)$")
 _GOOGLE = re.compile(r"^`*(\*{0,2}\w[\w.]*)`*(\s\(.*?\))?:(\s+\S.*)?$")
+_TABLE = re.compile(r"^(={2,}\s+[= ]*=|\+-[-+=]*\+$)")
+_MARKS = ("|", "!!!", "///", ":::", "{%", "{{", "% ", "<", "---", "[^")
 _TOLD = {
     "note": "Note: ",
     "warning": "Warning: ",
@@ -80,7 +82,11 @@ def _blocks(lines: list[str]) -> Iterator[Block]:
         elif bare.startswith("#") and re.match(r"^#{1,6}\s+\S", bare):
             yield f"head{bare.index(' ')}", inline(bare.lstrip("# "))
             i += 1
-        elif _RULE.match(bare) or bare.startswith("|"):
+        elif _TABLE.match(bare):
+            while i < len(lines) and lines[i].strip():
+                i += 1
+            yield "code", ""
+        elif _RULE.match(bare) or bare.startswith(_MARKS):
             i += 1
         elif i + 1 < len(lines) and _RULE.match(lines[i + 1].strip()):
             yield "head3", inline(bare)
@@ -114,7 +120,8 @@ def _paragraph(bare: list[str], lines: list[str]) -> Iterator[Block]:
         yield "item", inline(f"{parameter[1]} ({parameter[2]}): {' '.join(rest)}")
     elif field:
         words = field[1].split()
-        label = words[-1] if words[0] in ("param", "arg", "keyword", "ivar") else field[1].capitalize()
+        named = words[0] in ("param", "arg", "keyword", "ivar")
+        label = words[-1] if named else field[1].capitalize()
         if words[0] not in ("type", "rtype", "class", "module"):
             yield "item", inline(f"{label}: {' '.join([field[2] or '', *rest])}")
     elif bullet:
@@ -154,12 +161,13 @@ def _directive(first: str, body: list[str]) -> Iterator[Block]:
 
 def inline(text: str) -> str:
     """A line without roles, links, emphasis and literal marks."""
+    text = re.sub(r"</?(a|p|b|i|em|br|img|div|span|sup|sub|code|strong|kbd)\b[^>]*>", "", text)
     text = re.sub(r"!\[[^\]]*\]\([^)]*\)", "", text)
     text = re.sub(r"\[([^\]]+)\]\([^)\s]+\)", r"\1", text)
     text = re.sub(r":[\w:+-]+:`([^`<]*?)\s*<[^>`]*>`", r"\1", text)
     text = re.sub(r":[\w:+-]+:`[~!]?([^`]*)`", r"\1", text)
-    text = re.sub(r"`([^`<]+?)\s*<[^>`]*>`__?", r"\1", text)
-    text = re.sub(r"`{1,2}([^`]+)`{1,2}_{0,2}", r"\1", text)
+    text = re.sub(r"`([^`<]+?)\s*<[^>`]*>`_{0,2}", r"\1", text)
+    text = re.sub(r"`{1,2}~?([^`]+)`{1,2}_{0,2}", r"\1", text)
     text = re.sub(r"\*\*([^*\s][^*]*)\*\*", r"\1", text)
     text = re.sub(r"(?<![\w*])\*([^*\s][^*]*)\*(?![\w*])", r"\1", text)
     text = re.sub(r"\s?\[\d+\]_", "", text)

@@ -2,8 +2,8 @@
 
     python ci/builtin_model/tokenizer.py --corpus DIR/train.jsonl --out DIR/tokenizer.json
 
-Writes tokenizer_config.json beside it. Digits are tokens of their own, and every byte has a token, so
-any text comes back whole.
+Writes tokenizer_config.json beside it. Digits are tokens of their own, and every byte has a token,
+so any text comes back whole.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ def train(texts: Iterator[str]) -> Tokenizer:
     """BPE of VOCAB_SIZE entries, specials and the 256 bytes included."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+        [
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(

@@ -48,6 +48,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="default: the model's, or 1",
     )
+    add("--repetition-penalty", type=choose.real(0, above=True), metavar="X",
+        help="above 1: tokens that are there already become less likely; default: the model's,"
+        " or 1 = none")  # fmt: skip
     add("--seed", type=choose.whole(0, 2**63 - 1), default=0, metavar="N", help="default 0")
     add("--precision", type=_precision, metavar="P",
         help=f"of the weights: {', '.join(FORMATS)}; or apart, as in"
@@ -75,7 +78,9 @@ def run(args: argparse.Namespace) -> int:
         texts = _prompts(args)
         path = args.model
         if path is None:
-            output.note("no --model: the built-in model, small and trained on technical documentation")
+            output.note(
+                "no --model: the built-in model, small and trained on technical documentation"
+            )
             path = builtin_checkpoint()
         session = Session.open(path, _settings(args))
         if args.interactive:
@@ -100,6 +105,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         max_new_tokens=args.max_new_tokens,
         temperature=args.temperature,
         top_p=args.top_p,
+        repetition_penalty=args.repetition_penalty,
         seed=args.seed,
         prefill_chunk=args.prefill_chunk,
         max_context=args.max_context,

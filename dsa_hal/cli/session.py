@@ -27,6 +27,7 @@ class Settings:
     max_new_tokens: int
     temperature: float | None
     top_p: float | None
+    repetition_penalty: float | None
     seed: int
     prefill_chunk: int
     max_context: int | None
@@ -77,7 +78,7 @@ class Session:
         self.chat = settings.chat if settings.chat is not None else bool(tokenizer.chat_template)
         if self.chat and not tokenizer.chat_template:
             raise CheckpointError(f"{path} has no chat template; leave --chat out to continue text")
-        self.temperature, self.top_p = _sampling(path, settings)
+        self.sampling = _sampling(path, settings)
 
     @classmethod
     def open(cls, path: Path, settings: Settings) -> Session:
@@ -105,10 +106,15 @@ class Session:
             output.table(("op", "implementation"), rows, terminal=sys.stderr)
 
     def _choice(self) -> str:
-        if self.temperature == 0:
-            return "greedy"
-        seed = self.settings.seed
-        return f"temperature {self.temperature:g}, top-p {self.top_p:g}, seed {seed}"
+        told = dict(self.sampling)
+        penalty = told.pop("repetition_penalty")
+        words = ["greedy"]
+        if told["temperature"]:
+            words = [f"temperature {told['temperature']:g}", f"top-p {told['top_p']:g}"]
+            words.append(f"seed {self.settings.seed}")
+        if penalty != 1:
+            words.append(f"repetition penalty {penalty:g}")
+        return ", ".join(words)
 
     def encode(self, text: str, place: str) -> list[int]:
         """Tokens of a lone prompt; BadInput that names `place` if the model cannot take them."""
@@ -146,7 +152,7 @@ class Session:
             answers = generate(
                 self.model, prompts,
                 max_new_tokens=self.settings.max_new_tokens,
-                temperature=self.temperature, top_p=self.top_p,
+                **self.sampling,
                 seed=(self.settings.seed + first) % (1 << 63),
                 stop_ids=self.tokenizer.eos_ids or None,
                 prefill_chunk=self.settings.prefill_chunk,
@@ -159,8 +165,9 @@ class Session:
         return Work(read_anew, read_at - began, new, steps, time.monotonic() - read_at)
 
 
-def _sampling(path: Path, settings: Settings) -> tuple[float, float]:
-    """Temperature and top-p: the command line's, else those of generation_config.json, else greedy.
+def _sampling(path: Path, settings: Settings) -> dict[str, float]:
+    """Temperature, top-p and repetition penalty: the command line's, else those of
+    generation_config.json, else greedy.
 
     Raises CheckpointError when the file holds values that cannot be used."""
     file = path / "generation_config.json"
@@ -171,15 +178,21 @@ def _sampling(path: Path, settings: Settings) -> tuple[float, float]:
         except ValueError as error:
             raise CheckpointError(f"{file} is not valid JSON ({error}); copy it again") from None
     sampled = isinstance(stated, dict) and stated.get("do_sample", "temperature" in stated)
-    default = {"temperature": 1.0, "top_p": 1.0} if sampled else {"temperature": 0.0, "top_p": 1.0}
 
-    def value(name: str, given: float | None, most: float) -> float:
+    stated = stated if isinstance(stated, dict) else {}
+    drawn = stated if sampled else {}
+
+    def value(name: str, given: float | None, said: Mapping[str, Any], usual: float) -> float:
         if given is not None:
             return given
-        found = stated.get(name, default[name]) if sampled else default[name]
+        found, most = said.get(name, usual), 1 if name == "top_p" else math.inf
         number = isinstance(found, int | float) and not isinstance(found, bool)
         if not number or not math.isfinite(found) or not 0 <= found <= most:
             raise CheckpointError(f"{file}: {name} is {found!r}; give --{name.replace('_', '-')}")
         return float(found)
 
-    return value("temperature", settings.temperature, math.inf), value("top_p", settings.top_p, 1)
+    return {
+        "temperature": value("temperature", settings.temperature, drawn, 1.0 if sampled else 0.0),
+        "top_p": value("top_p", settings.top_p, drawn, 1.0),
+        "repetition_penalty": value("repetition_penalty", settings.repetition_penalty, stated, 1.0),
+    }

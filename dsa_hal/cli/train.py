@@ -22,11 +22,13 @@ from dsa_hal.model.training.settings import Settings
 from dsa_hal.model.training.trainer import Trainer
 from dsa_hal.selection import use
 
+SHOWN = ("loss", "index_loss", "best", "latest", "heldout", "heldout_sparse")
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("settings", type=Path, metavar="FILE.yaml", help="model, text and stages")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR",
-                        help="the run's folder: checkpoints, losses, the finished model")  # fmt: skip
+                        help="the run's folder: checkpoints, losses, finished model")  # fmt: skip
     parser.add_argument("--backend", default="cpu", metavar="NAME",
                         help="device to train on: cpu (default) or cuda")  # fmt: skip
     parser.add_argument("--start", type=Path, metavar="DIR",
@@ -78,9 +80,7 @@ class _Lines:
         stage = self._settings.stage(record["stage"])
         parts = [f"{record['stage']} {record['step']}/{stage.steps}"]
         parts += [
-            f"{name.replace('_', ' ')} {record[name]:.4f}"
-            for name in ("loss", "index_loss", "heldout", "heldout_sparse")
-            if name in record
+            f"{name.replace('_', ' ')} {record[name]:.4f}" for name in SHOWN if name in record
         ]
         parts.append(f"rate {record['lr']:.2e}")
         parts.append(f"norm {record['norm']:.2f}")

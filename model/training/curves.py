@@ -11,8 +11,11 @@ from dsa_hal.errors import ConfigError
 from dsa_hal.model.training.settings import STAGES
 
 _TITLES = {
-    "dense": "Dense pre-training", "warmup": "Indexer warm-up", "sparse": "Sparse training"
-}  # fmt: skip
+    "dense": "Dense pre-training",
+    "focus": "Dense, concentrating",
+    "warmup": "Indexer warm-up",
+    "sparse": "Sparse training",
+}
 _LINES = (
     ("loss", "training text", "#9db8d9", 0.8),
     ("heldout", "held-out, dense attention", "#1f4e8c", 1.8),
@@ -37,9 +40,12 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
         text, index = grid[0][column], grid[1][column]
         for key, label, colour, width in _LINES:
             _line(text, here, key, label, colour, width)
-        _line(index, here, "index_loss", "KL to the attention", "#5b8c5a", 0.9)
+        _line(index, here, "index_loss", "KL of indexer and attention", "#5b8c5a", 0.9)
+        _line(index, here, "best", "mass of the best keys", "#1f4e8c", 1.2)
+        _line(index, here, "latest", "mass of the latest keys", "#c8553d", 1.2)
         text.set_title(_TITLES[stage], loc="left", fontsize=11)
         index.set_xlabel("step")
+        index.set_ylim(bottom=0)
         for axes in (text, index):
             axes.grid(alpha=0.25, linewidth=0.6)
             axes.spines[["top", "right"]].set_visible(False)
@@ -49,7 +55,7 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
                 axes.text(0.5, 0.5, "not trained here", ha="center", va="center",
                           transform=axes.transAxes, color="#888888", fontsize=9)  # fmt: skip
     grid[0][0].set_ylabel("nats per token")
-    grid[1][0].set_ylabel("nats per token and layer")
+    grid[1][0].set_ylabel("nats per token and layer, or share")
     partial = path.with_name(f".{path.name}.partial{path.suffix}")
     figure.savefig(partial, dpi=140)
     os.replace(partial, path)
@@ -60,4 +66,8 @@ def _line(
 ) -> None:
     points = [(r["step"], r[key]) for r in records if key in r]
     if points:
-        axes.plot(*zip(*points, strict=True), label=label, color=colour, linewidth=width)
+        marker = "o" if len(points) < 30 else ""  # a lone judgement is a point
+        axes.plot(
+            *zip(*points, strict=True), label=label, color=colour, linewidth=width,
+            marker=marker, markersize=3,
+        )  # fmt: skip

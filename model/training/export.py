@@ -120,7 +120,7 @@ def _write(
         }
         generation = {
             "bos_token_id": config.bos_token_id, "eos_token_id": settings["eos_token_id"],
-            "do_sample": True, "temperature": 0.7, "top_p": 0.9,
+            "do_sample": True, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.2,
         }  # fmt: skip
         _dump(made / "config.json", settings)
         _dump(made / "generation_config.json", generation)

@@ -17,6 +17,7 @@ from torch.nn import functional
 from dsa_hal.model.attention import LATENT_EPS
 from dsa_hal.model.config import ModelConfig
 from dsa_hal.model.layers import RopeTable
+from dsa_hal.model.training.focus import masses
 from dsa_hal.model.training.settings import StageName
 from dsa_hal.ops import autograd
 from dsa_hal.ops.index_select import indexer_topk
@@ -44,6 +45,10 @@ class Rows:
         at = torch.arange(batch * length, device=table.device)
         start = at // length * length
         return cls(batch, length, at - start, table, start.int(), (at + 1).int())
+
+    def apart(self, t: Tensor) -> Tensor:
+        """[tokens, ...] -> [batch, length, ...]"""
+        return t.view(self.batch, self.length, *t.shape[1:])
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
@@ -106,10 +111,12 @@ class Attention(nn.Module):
         self.indexer = Indexer(c)
 
     def forward(self, x: Tensor, rows: Rows, stage: StageName) -> tuple[Tensor, Tensor | None]:
-        """x [tokens, hidden] -> out [tokens, hidden], and the indexer's loss summed over tokens.
+        """x [tokens, hidden] -> out [tokens, hidden], and what the stage wants beside it.
 
-        Stage "dense" attends to everything and leaves the indexer out; "warmup" does as well and
-        adds the indexer's loss against it; "sparse" attends to what the indexer selects.
+        "dense"   attends to everything and leaves the indexer out; nothing beside
+        "focus"   the same; the attention `masses`
+        "warmup"  the same; the indexer's loss against it, mean over tokens
+        "sparse"  attends to what the indexer selects; its loss over that, mean over tokens
         """
         c = self.config
         qr = self.q_a_layernorm(self.q_a_proj(x))
@@ -122,13 +129,17 @@ class Attention(nn.Module):
         rotated = rope.reference(
             kv[:, c.kv_lora_rank :], rows.positions, rows.table, interleaved=True
         )
-        if stage == "dense":
-            return self.o_proj(self._dense(q, latent, rotated, rows).flatten(1)), None
+        if stage == "dense" or stage == "focus":
+            k, v = self._expanded(latent, rotated)
+            held = None if stage == "dense" else masses(
+                rows.apart(q.to(k.dtype)), rows.apart(k), c.index_topk, c.softmax_scale
+            )  # fmt: skip
+            return self.o_proj(self._dense(q, k, v, rows)), held
         keys = torch.cat([latent, rotated], -1)
         absorbed = self._absorbed(q)
         q_index, k_index, weights = self.indexer(x.detach(), qr.detach(), rows)
         if stage == "warmup":
-            out, chosen = self._dense(q, latent, rotated, rows), None
+            out, chosen = self._dense(q, *self._expanded(latent, rotated), rows), None
         else:
             chosen = self._select(q_index, k_index, weights, rows)
             out = self._sparse(absorbed, keys, chosen)
@@ -137,26 +148,22 @@ class Attention(nn.Module):
             ks=rows.ks if chosen is None else None, ke=rows.ke if chosen is None else None,
             indices=chosen, softmax_scale=c.softmax_scale,
         )  # fmt: skip
-        return self.o_proj(out.flatten(1)), loss
+        return self.o_proj(out), loss / len(x)
 
-    def _dense(self, q: Tensor, latent: Tensor, rotated: Tensor, rows: Rows) -> Tensor:
-        """Every earlier token of the sequence: [tokens, heads, v], by the expanded keys."""
+    def _expanded(self, latent: Tensor, rotated: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys [tokens, heads, nope + rope] and values [tokens, heads, v]."""
         c = self.config
         heads, nope = c.num_attention_heads, c.qk_nope_head_dim
-        k, v = (
-            self.kv_b_proj(latent)
-            .view(-1, heads, nope + c.v_head_dim)
-            .split([nope, c.v_head_dim], -1)
-        )
-        k = torch.cat([k, rotated[:, None].expand(-1, heads, -1)], -1)
+        kv = self.kv_b_proj(latent).view(-1, heads, nope + c.v_head_dim)
+        k, v = kv.split([nope, c.v_head_dim], -1)
+        return torch.cat([k, rotated[:, None].expand(-1, heads, -1)], -1), v
 
-        def by_head(t: Tensor) -> Tensor:
-            return t.to(k.dtype).view(rows.batch, rows.length, heads, -1).transpose(1, 2)
-
-        out = functional.scaled_dot_product_attention(
-            by_head(q), by_head(k), by_head(v), is_causal=True, scale=c.softmax_scale
-        )
-        return out.transpose(1, 2).reshape(-1, heads, c.v_head_dim)
+    def _dense(self, q: Tensor, k: Tensor, v: Tensor, rows: Rows) -> Tensor:
+        """Attention to every earlier token of the sequence: [tokens, heads * v]."""
+        q, k, v = (rows.apart(t.to(k.dtype)).transpose(1, 2) for t in (q, k, v))
+        scale = self.config.softmax_scale
+        out = functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
+        return out.transpose(1, 2).flatten(2).flatten(0, 1)
 
     def _halves(self) -> tuple[Tensor, Tensor]:
         """kv_b_proj as [heads, nope, lora] for keys and [heads, v, lora] for values."""
@@ -191,7 +198,7 @@ class Attention(nn.Module):
         out, _ = autograd.sparse_mla(
             q, keys.to(q.dtype), chosen, softmax_scale=c.softmax_scale, dim_v=c.kv_lora_rank
         )
-        return torch.einsum("thc,hvc->thv", out, self._halves()[1])
+        return torch.einsum("thc,hvc->thv", out, self._halves()[1]).flatten(1)
 
 
 class Mlp(nn.Module):
@@ -296,8 +303,8 @@ class Block(nn.Module):
 
 
 class Network(nn.Module):
-    """Token ids [batch, length] -> logits and the indexers' loss. Names of parameters follow the
-    published ones; `export` maps the experts' stacks."""
+    """Token ids [batch, length] -> logits, and what a stage wants beside them. Names of parameters
+    follow the published ones; `export` maps the experts' stacks."""
 
     def __init__(self, config: ModelConfig, seed: int = 0, init_std: float = 0.02) -> None:
         super().__init__()
@@ -326,25 +333,24 @@ class Network(nn.Module):
             p.normal_(0, width, generator=generator)
 
     def forward(self, tokens: Tensor, stage: StageName) -> tuple[Tensor, Tensor]:
-        """-> logits [batch, length, vocab], and the mean indexer loss over tokens and layers (0
-        in stage "dense")."""
-        hidden, loss = self.hidden(tokens, stage)
+        """-> logits [batch, length, vocab], and the mean over the layers of what they give beside
+        (see `Attention`)."""
+        hidden, beside = self.hidden(tokens, stage)
         head = self.embed_tokens if self.config.tie_word_embeddings else self.lm_head
-        return functional.linear(hidden, head.weight).view(*tokens.shape, -1), loss
+        return functional.linear(hidden, head.weight).view(*tokens.shape, -1), beside
 
     def hidden(self, tokens: Tensor, stage: StageName) -> tuple[Tensor, Tensor]:
-        """-> what the head reads [tokens, hidden], and the loss as in `forward`."""
+        """-> what the head reads [tokens, hidden], and the mean as in `forward`."""
         batch, length = tokens.shape
         if self._rope is None:
             self._rope = RopeTable(self.config, tokens.device)
         rows = Rows.of(batch, length, self._rope.upto(length))
         x = self.embed_tokens(tokens.flatten())
-        total = torch.zeros((), device=x.device)
+        beside = []
         for layer in self.layers:
-            x, loss = layer(x, rows, stage)
-            if loss is not None:
-                total = total + loss
-        return self.norm(x), total / (batch * length * len(self.layers))
+            x, given = layer(x, rows, stage)
+            beside.append(x.new_zeros(()) if given is None else given)
+        return self.norm(x), torch.stack(beside).mean(0)
 
     def gates(self) -> list[Gate]:
         return [m for m in self.modules() if isinstance(m, Gate)]

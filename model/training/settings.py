@@ -14,11 +14,12 @@ import yaml
 from dsa_hal.errors import ConfigError
 from dsa_hal.model.config import ModelConfig
 
-StageName = Literal["dense", "warmup", "sparse"]
+StageName = Literal["dense", "focus", "warmup", "sparse"]
 
-STAGES: tuple[StageName, ...] = ("dense", "warmup", "sparse")
-"""The paper's order: the model under dense attention; the indexer alone, against dense attention;
-both, the model under sparse attention and the indexer against what was selected."""
+STAGES: tuple[StageName, ...] = ("dense", "focus", "warmup", "sparse")
+"""The paper's order: the model under dense attention, at last, for a small model, with the
+regulariser of `focus`; the indexer alone, against dense attention; both, the model under sparse
+attention and the indexer against what was selected."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ class Settings:
     warmup: Stage
     sparse: Stage
     length: int
+    focus: Stage = Stage(steps=0, batch=1, lr=0.0)
     seed: int = 0
     gate_bias_speed: float = 1e-3
     init_std: float = 0.02

@@ -26,6 +26,7 @@ from dsa_hal.model.tokenizer import Tokenizer
 from dsa_hal.model.training import state
 from dsa_hal.model.training.data import Windows, tokenised
 from dsa_hal.model.training.export import load_weights
+from dsa_hal.model.training.focus import penalty
 from dsa_hal.model.training.network import Network
 from dsa_hal.model.training.settings import STAGES, Settings, Stage, StageName
 from dsa_hal.model.training.state import Position
@@ -34,6 +35,13 @@ from dsa_hal.selection import current
 Record = dict[str, Any]
 Report = Callable[[Record], None]
 LOSSES = "losses.jsonl"
+LEARNT: dict[StageName, tuple[str, ...]] = {
+    "dense": ("loss",),
+    "focus": ("loss", "penalty"),
+    "warmup": ("index_loss",),
+    "sparse": ("loss", "index_loss"),
+}
+"""What each stage minimises."""
 
 
 class Trainer:
@@ -111,13 +119,14 @@ class Trainer:
         first = self.position.windows
         batch = self.windows.batch(first, stage.batch).to(self.device, non_blocking=True)
         parts = batch.split(stage.micro or stage.batch)
-        sums = torch.zeros(2, device=self.device)
         self.network.train(name != "warmup")
+        sums: Record = {}
         for part in parts:
-            text, index = self._losses(part, name)
-            kept = index if name == "warmup" else text + index if name == "sparse" else text
-            (kept / len(parts)).backward()
-            sums += torch.stack([text.detach(), index.detach()]) / len(parts)
+            losses = self._losses(part, name)
+            total = torch.stack([losses[key] for key in LEARNT[name]]).sum() / len(parts)
+            total.backward()
+            for key, value in losses.items():
+                sums[key] = sums.get(key, 0.0) + value.detach() / len(parts)
         norm = torch.nn.utils.clip_grad_norm_(
             [p for group in optimizer.param_groups for p in group["params"]], self.settings.clip
         )
@@ -127,32 +136,34 @@ class Trainer:
             for gate in self.network.gates():
                 gate.balance(self.settings.gate_bias_speed)
         self.position = Position(name, step + 1, first + stage.batch, self._print)
-        found: Record = {"stage": name, "step": step + 1, "lr": rate, "norm": norm}
-        if name != "warmup":
-            found["loss"] = sums[0]
-        if name != "dense":
-            found["index_loss"] = sums[1]
-        return found
+        return {"stage": name, "step": step + 1, "lr": rate, "norm": norm} | sums
 
-    def _losses(self, batch: Tensor, stage: StageName) -> tuple[Tensor, Tensor]:
-        """Mean cross-entropy in nats per token, and the mean loss of the indexers."""
+    def _losses(self, batch: Tensor, stage: StageName) -> Record:
+        """What a stage looks at, each a mean: `loss`, cross-entropy in nats per token;
+        `index_loss`; `best` and `latest`, attention masses, with their `penalty`."""
+        found: Record = {}
         with self._precision():
             if stage == "warmup":
-                hidden, index = self.network.hidden(batch[:, :-1], stage)
-                return torch.zeros((), device=hidden.device), index
-            logits, index = self.network(batch[:, :-1], stage)
-            text = functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
-        return text, index
+                return {"index_loss": self.network.hidden(batch[:, :-1], stage)[1]}
+            logits, beside = self.network(batch[:, :-1], stage)
+            found["loss"] = functional.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        if stage == "sparse":
+            found["index_loss"] = beside
+        if stage == "focus":
+            found |= {"best": beside[0], "latest": beside[1], "penalty": penalty(beside)}
+        return found
 
     @torch.no_grad()
     def judge(self, name: StageName) -> Record:
         """Held-out loss under the stage's own attention and, after the indexer's training, under
         dense attention beside it."""
         self.network.eval()
-        modes: tuple[StageName, ...] = ("dense",) if name == "dense" else ("dense", "sparse")
+        modes: tuple[StageName, ...] = ("dense", "sparse")
+        if name in ("dense", "focus"):
+            modes = ("dense",)
         found: Record = {}
         for mode in modes:
-            losses = [self._losses(w[None].to(self.device), mode)[0] for w in self.heldout]
+            losses = [self._losses(w[None].to(self.device), mode)["loss"] for w in self.heldout]
             key = "heldout" if mode == "dense" else "heldout_sparse"
             found[key] = torch.stack(losses).mean()
         return found
@@ -168,7 +179,7 @@ class Trainer:
     def _optimizer(self, name: StageName, stage: Stage) -> AdamW:
         """AdamW over what the stage trains; the rest is frozen. Only matrices decay."""
         index, model = self.network.indexer_parameters(), self.network.model_parameters()
-        trained = [model] if name == "dense" else [index] if name == "warmup" else [model, index]
+        trained = {"warmup": [index], "sparse": [model, index]}.get(name, [model])
         for p in self.network.parameters():
             p.requires_grad_(False)
         groups: list[dict[str, Any]] = []
