@@ -63,7 +63,7 @@ BACKEND = Variable(
     "DSA_HAL_BACKEND",
     "name",
     "auto",
-    "Backend that serves every op: auto (the best device present that has implementations), or a"
+    "Backend that serves every op: auto (the best device present that serves the whole model), or a"
     " backend's name: cpu, cuda, rocm, npu, or one that an installed package adds. A named backend"
     " whose device is absent is an error.",
     str,

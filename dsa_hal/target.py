@@ -92,7 +92,7 @@ def _lacks(backend: str) -> list[str]:
 
 def detect(choice: str) -> Target:
     """The Target for DSA_HAL_BACKEND=`choice`; "auto" takes the present one with the highest score
-    that serves every op a model needs.
+    that serves every op a model needs, or the only one present.
 
     Raises ConfigError for a name that is not known, Absent for a known backend with no device here.
     """

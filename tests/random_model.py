@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from dsa_hal.model.blocks import quantize_blocks
 from dsa_hal.model.config import ModelConfig, Quant, Rope
 from dsa_hal.model.schema import TensorSpec, expected
+from dsa_hal.ops.quant import quantize_fp8
 
 _SEED = 20250929
 _SPECIALS = ("<bos>", "<eos>")
@@ -105,7 +105,7 @@ def random_tensors(config: ModelConfig, seed: int) -> Iterator[tuple[str, Tensor
     for spec in expected(config).values():
         value = _random(spec, generator)
         if spec.kind == "linear" and config.quant is not None:
-            weight, scale = quantize_blocks(value)
+            weight, scale = quantize_fp8.reference(value, block_rows=128)
             yield spec.name, weight
             yield spec.scale_name, scale
         elif spec.name.endswith("e_score_correction_bias"):

@@ -19,11 +19,11 @@ from small import SMALL
 
 from dsa_hal.errors import CheckpointError, DsaHalError
 from dsa_hal.model import checkpoint as checkpoint_module
-from dsa_hal.model.blocks import quantize_blocks
 from dsa_hal.model.checkpoint import Checkpoint
 from dsa_hal.model.config import ModelConfig
 from dsa_hal.model.schema import expected
 from dsa_hal.model.shards import Entry, encode_header
+from dsa_hal.ops.quant import quantize_fp8
 
 MOE = "model.layers.1.mlp.experts."
 Q_A = "model.layers.0.self_attn.q_a_proj.weight"
@@ -424,6 +424,6 @@ def test_opening_maps_and_never_holds_the_file(tmp_path: Path) -> None:
 def test_block_scales_are_the_least_powers_of_two() -> None:
     weight = torch.zeros(130, 256)
     weight[0, 0], weight[0, 128], weight[129, 0] = 448.0, 449.0, -3.5
-    values, scale = quantize_blocks(weight)
+    values, scale = quantize_fp8.reference(weight, block_rows=128)
     assert scale.tolist() == [[1.0, 2.0], [2.0**-7, scale[1, 1].item()]]
     assert values[0, 0].float() == 448 and values[129, 0].float() == -448

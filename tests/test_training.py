@@ -17,12 +17,13 @@ from random_model import byte_tokenizer
 from torch import Tensor
 
 from dsa_hal.cli import main
-from dsa_hal.errors import BadInput, CheckpointError, ConfigError
+from dsa_hal.errors import BadInput, CheckpointError, ConfigError, DsaHalError
 from dsa_hal.model import Transformer
 from dsa_hal.model.checkpoint import Checkpoint
 from dsa_hal.model.training import state
 from dsa_hal.model.training.data import Windows
 from dsa_hal.model.training.export import export, load_weights, quantized
+from dsa_hal.model.training.focus import HELD_BY_BEST, HELD_BY_LATEST, held
 from dsa_hal.model.training.network import Network
 from dsa_hal.model.training.settings import Settings
 from dsa_hal.model.training.trainer import LOSSES, Record, Trainer
@@ -245,6 +246,29 @@ def test_one_seed_gives_identical_losses(folder: Path) -> None:
     assert numbers(trained(folder, "c", seed=4)[1]) != numbers(first)
 
 
+def test_focus_moves_the_attention_mass(folder: Path) -> None:
+    """The best keys hold more and the latest less; both are what a dense computation says."""
+    stage = dict(steps=30, batch=2, lr=3e-3)
+    other = dict(dense__steps=10, warmup__steps=0, sparse__steps=0, eval_every=100)
+    _, records = trained(folder, "out", focus=stage, **other)
+    seen = [r for r in records if r["stage"] == "focus"]
+    assert seen[-1]["best"] > seen[0]["best"] and seen[-1]["latest"] < seen[0]["latest"] - 0.05
+    assert seen[-1]["penalty"] == pytest.approx(
+        max(0, HELD_BY_BEST - seen[-1]["best"]) + max(0, seen[-1]["latest"] - HELD_BY_LATEST)
+    )
+    q, k = torch.randn(2, 1, 12, 3, 4)
+    best, latest = held(q, k, 5, 0.7)
+    rows = torch.linspace(5, 11, 64).long().tolist()
+    want = []
+    for t in rows:
+        mean = (
+            (q[0, t, :, None] * k[0, : t + 1].transpose(0, 1)).sum(-1).mul(0.7).softmax(-1).mean(0)
+        )
+        want.append((mean.sort().values[-5:].sum(), mean[-5:].sum()))
+    means = torch.tensor(want).mean(0)
+    assert torch.allclose(torch.stack([best, latest]), means, atol=1e-5)
+
+
 def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(folder: Path) -> None:
     whole = trained(folder, "whole")[1]
 
@@ -268,6 +292,15 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_stopped(folder: Path) -> No
     assert kept == ["sparse-000004", "sparse-000006"]
     lines = (folder / "cut" / LOSSES).read_text().splitlines()
     assert [json.loads(line) for line in lines] == trainer.records
+
+
+def test_a_diverged_run_says_so(folder: Path) -> None:
+    trainer = Trainer(settings(folder), folder / "out")
+    with torch.no_grad():
+        trainer.network.norm.weight.fill_(math.nan)
+    with pytest.raises(DsaHalError, match="at step 1 of stage dense: the training diverged"):
+        trainer.run(lambda record: None)
+    assert not state.checkpoints(folder / "out")
 
 
 def test_minutes_stop_with_a_checkpoint(folder: Path) -> None:
@@ -300,7 +333,12 @@ def test_gradients_add_up_over_micro_batches(folder: Path) -> None:
         (dict(dense=3), "dense is 3; expected a group of settings"),
         (dict(dense__micro=3), "dense.batch is 2 with micro 3"),
         (dict(data__needles=2.0), "it is a share, 0 to 1"),
-        (dict(betas=[0.9]), "betas is"),
+        (dict(betas=[0.9]), "expected two numbers"),
+        (dict(betas=[0.9, 1.0]), "betas must be below 1"),
+        (dict(eval_every=0), "eval_every is 0; it must be at least 1"),
+        (dict(dense__lr=0.0), "dense.lr is 0 while dense.steps is 6"),
+        (dict(dense__lr="1e-3"), "YAML wants a point in it"),
+        (dict(focus=dict(steps=1, batch=1, lr=0.1), length=16), "windows longer than the 16 keys"),
         (dict(model__hidden_size=None), "hidden_size is None"),
     ],
 )
@@ -323,6 +361,12 @@ def test_runs_of_other_settings_are_refused(folder: Path) -> None:
     trained(folder, "out")
     with pytest.raises(CheckpointError, match="belongs to a run with other settings"):
         Trainer(settings(folder, seed=8), folder / "out")
+    losses = folder / "out" / LOSSES
+    kept = losses.read_text()
+    losses.write_text(kept[:-9])
+    with pytest.raises(CheckpointError, match="is damaged; delete it to go on without"):
+        Trainer(settings(folder), folder / "out")
+    losses.write_text(kept)
     newest = state.checkpoints(folder / "out")[-1] / "training.safetensors"
     newest.write_bytes(newest.read_bytes()[:1000])
     with pytest.raises(CheckpointError, match="delete that folder to resume from the checkpoint"):
@@ -338,6 +382,14 @@ def test_command_line(folder: Path, capsys: Any) -> None:
     assert (out / "losses.png").read_bytes().startswith(b"\x89PNG")
     Transformer.from_pretrained(out / "model-bf16")
     Transformer.from_pretrained(out / "model-fp8")
+    before = (out / "model-bf16" / "model.safetensors").read_bytes()
+    assert main([*asked, "--set", "sparse.steps=8"]) == 0
+    assert (out / "model-bf16" / "model.safetensors").read_bytes() != before, "a stale model"
+    assert main([*asked, "--plot", str(folder / "none" / "losses.png")]) == 2
+    assert "is no folder to write to" in capsys.readouterr().err
+    assert main([*asked, "--set", "length=[1"]) == 2
+    assert main(["train", str(folder / "run.yaml"), "--out", str(folder / "run.yaml")]) == 2
+    assert "cannot be a run's folder" in capsys.readouterr().err
     assert main([*asked, "--set", "dense.steps"]) == 2
     assert "is no NAME=VALUE" in capsys.readouterr().err
     assert main(["train", str(folder / "none.yaml"), "--out", str(out)]) == 2

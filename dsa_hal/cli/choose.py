@@ -9,10 +9,11 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from importlib import import_module
+from typing import Any, cast
 
 from dsa_hal.case import Case, Inputs
-from dsa_hal.errors import BadInput, ConfigError
+from dsa_hal.errors import Absent, BadInput, ConfigError
 from dsa_hal.registry import Impl, Op
 from dsa_hal.selection import OPS, selection, use
 
@@ -175,3 +176,14 @@ def real(least: float, most: float = math.inf, *, above: bool = False) -> Callab
 def _range(kind: str, least: float, most: float, above: bool = False) -> str:
     lower = f"above {least:g}" if above else f"of at least {least:g}"
     return f"{kind} {lower}" + (f" and at most {most:g}" if math.isfinite(most) else "")
+
+
+def picture(module: str, name: str) -> Callable[..., bytes]:
+    """The function `name` of dsa_hal.cli.`module`, which draws with matplotlib. Asked for before
+    long work, so that it is said then where that is absent."""
+    try:
+        return cast(Callable[..., bytes], getattr(import_module(f"dsa_hal.cli.{module}"), name))
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "matplotlib":
+            raise
+        raise Absent("--plot needs matplotlib; pip install 'dsa-hal[report]'") from None

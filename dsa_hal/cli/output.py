@@ -55,9 +55,9 @@ def render(
     *,
     right: Sequence[str] = (),
     heading: bool = True,
-    terminal: TextIO = sys.stdout,
+    terminal: TextIO | None = None,
 ) -> str:
-    """Rows under headings as text for `terminal`; `right` names the columns of numbers. The last
+    """Rows under headings as text for `terminal` (stdout); `right` names the columns of numbers. The last
     column may wrap."""
     made = Table(
         box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0), show_header=heading
@@ -71,7 +71,7 @@ def render(
         )
     for row in rows:
         made.add_row(*(Text(str(cell), style=COLOURS.get(str(cell), "")) for cell in row))
-    console = _console(terminal)
+    console = _console(terminal or sys.stdout)
     with console.capture() as captured:
         console.print(made)
     return "\n".join(line.rstrip() for line in captured.get().splitlines())

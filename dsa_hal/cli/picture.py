@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import PercentFormatter, ScalarFormatter
+from matplotlib.ticker import LogLocator, NullFormatter, PercentFormatter, ScalarFormatter
 
 from dsa_hal.model.quality.report import Quality
 from dsa_hal.model.quality.selectors import label
@@ -79,11 +79,12 @@ def _perplexity(axes: Axes, result: Quality, topk: int) -> None:
         highest, lowest = max(highest, *line.positions), min(lowest, *line.positions)
     if highest > STEEP * lowest:
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(ScalarFormatter())
-        axes.yaxis.set_minor_formatter(ScalarFormatter())
+        axes.yaxis.set_minor_formatter(NullFormatter())
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.set_xlim(0, 1)
-    axes.grid(axis="y", which="both", color=LINES)
+    axes.grid(axis="y", color=LINES)
     axes.set_axisbelow(True)
     axes.legend(frameon=False, labelcolor=INK, fontsize=9)
 

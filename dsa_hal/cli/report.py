@@ -68,7 +68,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     for path in filter(None, (args.json, args.plot)):
         output.must_be_writable(path)
-    draw = _picture() if args.plot is not None else None
+    draw = choose.picture("picture", "quality") if args.plot is not None else None
     asked, wanted, text = _request(args)
     results = _on_each_backend(args.backend, asked, wanted)
     measured = {name: q for name, q in results.items() if isinstance(q, Quality)}
@@ -124,23 +124,12 @@ def _on_each_backend(
     for name in wishes:
         try:
             with choose.backend(name), output.progress(f"measuring {name or ''}".strip()) as step:
-                label = name or current().backend
-                results[label] = measure(asked, wanted, step)
+                results[name or current().backend] = measure(asked, wanted, step)
         except (Absent, Unsupported) as error:
             if name is None:
                 raise
             results[name] = str(error)
     return results
-
-
-def _picture() -> Callable[..., bytes]:
-    try:
-        from dsa_hal.cli.picture import quality
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "matplotlib":
-            raise
-        raise Absent("--plot needs matplotlib; pip install 'dsa-hal[report]'") from None
-    return quality
 
 
 def _numbers(least: int, most: float = float("inf")) -> Callable[[str], list[int]]:
@@ -165,8 +154,9 @@ def _facts(args: argparse.Namespace, asked: Subject, text: Path) -> dict[str, An
 
 
 def _heading(args: argparse.Namespace, asked: Subject, text: Path) -> str:
+    model = "The built-in model" if args.model is None else asked.stored.path.name
     return (
-        f"{asked.stored.path.name} on {text.name}: {args.windows} x {args.context} tokens,"
+        f"{model} on {text.name}: {args.windows} x {args.context} tokens,"
         f" {asked.config.index_topk} keys selected"
     )
 

@@ -1,4 +1,5 @@
-"""Trains a model by the paper's stages: dense, then the indexer's warm-up, then sparse.
+"""Trains a model by the paper's stages: dense, then the indexer's warm-up, then sparse. A stage of
+our own, focus, may follow the dense one.
 
 Everything is in the YAML file; a run is a folder. Run the same line again to go on where it
 stopped, or after it was interrupted.
@@ -8,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import math
+import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,26 +19,25 @@ import yaml
 
 from dsa_hal.cli import choose, output
 from dsa_hal.errors import BadInput
-from dsa_hal.model.training import curves
 from dsa_hal.model.training.export import export, quantized
 from dsa_hal.model.training.settings import Settings
 from dsa_hal.model.training.trainer import Trainer
-from dsa_hal.selection import use
 
 SHOWN = ("loss", "index_loss", "best", "latest", "heldout", "heldout_sparse")
+"""Of a record: losses in nats, and shares of the attention mass."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("settings", type=Path, metavar="FILE.yaml", help="model, text and stages")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR",
                         help="the run's folder: checkpoints, losses, finished model")  # fmt: skip
-    parser.add_argument("--backend", default="cpu", metavar="NAME",
-                        help="device to train on: cpu (default) or cuda")  # fmt: skip
+    parser.add_argument("--backend", metavar="NAME",
+                        help="instead of DSA_HAL_BACKEND's; cpu repeats its losses")  # fmt: skip
     parser.add_argument("--start", type=Path, metavar="DIR",
                         help="begin with the weights of this unquantised checkpoint")  # fmt: skip
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE",
                         help="override a setting, as in --set dense.steps=100")  # fmt: skip
-    parser.add_argument("--minutes", type=float, default=math.inf, metavar="N",
+    parser.add_argument("--minutes", type=choose.real(0), default=math.inf, metavar="N",
                         help="stop after so long, resumably; run again to go on")  # fmt: skip
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw the losses")
     parser.add_argument("--shard-mb", type=choose.whole(0), default=0, metavar="N",
@@ -44,30 +46,46 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     settings = Settings.load(args.settings, _changes(args.set))
-    with use(backend=args.backend):
+    draw = choose.picture("curves", "losses") if args.plot is not None else None
+    with choose.backend(args.backend):
         trainer = Trainer(settings, args.out, start=args.start)
+        if args.plot is not None:
+            output.must_be_writable(args.plot)
         if trainer.position.windows:
             at = trainer.position
-            output.note(f"going on after step {at.step} of stage {at.stage}")
+            unread = f"; --start {args.start} is not read" if args.start is not None else ""
+            output.note(f"going on after step {at.step} of stage {at.stage}{unread}")
         finished = trainer.run(_Lines(settings), minutes=args.minutes)
-        if args.plot is not None:
-            curves.draw(trainer.records, args.plot)
-        if not finished:
-            output.note(f"stopped after {args.minutes:g} minutes; the same line goes on")
-            return 0
+    if finished:
         _finish(trainer, args.out, args.shard_mb)
+    else:
+        output.note(f"stopped after {args.minutes:g} minutes; the same line goes on")
+    if draw is not None:
+        output.write_atomically(args.plot, draw(trainer.records))
     return 0
 
 
 def _finish(trainer: Trainer, out: Path, shard_mb: int) -> None:
-    """The trained model in both published forms, once."""
-    plain, fp8 = out / "model-bf16", out / "model-fp8"
-    if not plain.exists():
-        export(trainer.network, trainer.tokenizer_path, plain, "bf16", shard_mb)
+    """The trained model in both published forms, in place of what an earlier finish left."""
+    plain, fp8, settings = out / "model-bf16", out / "model-fp8", trainer.settings
+
+    def unquantised(folder: Path) -> None:
+        export(
+            trainer.network, trainer.tokenizer_path, folder, "bf16", shard_mb, settings.generation
+        )
+
+    _replace(plain, unquantised)
     output.note(f"finished: {plain}")
-    if not fp8.exists():
-        quantized(plain, fp8)
+    _replace(fp8, lambda folder: quantized(plain, folder))
     output.note(f"the same in FP8: {fp8}")
+
+
+def _replace(folder: Path, write: Callable[[Path], None]) -> None:
+    beside = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(beside, ignore_errors=True)
+    write(beside)
+    shutil.rmtree(folder, ignore_errors=True)
+    beside.rename(folder)
 
 
 class _Lines:
@@ -92,7 +110,10 @@ def _changes(words: list[str]) -> dict[str, Any]:
     found = {}
     for word in words:
         name, equals, value = word.partition("=")
+        try:
+            found[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            equals = ""
         if not equals or not name:
             raise BadInput(f"--set {word} is no NAME=VALUE, as in --set dense.steps=100")
-        found[name] = yaml.safe_load(value)
     return found

@@ -5,19 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 from random import Random
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dsa_hal.errors import BadInput
+from dsa_hal.model.text import tokenised
 from dsa_hal.model.tokenizer import Tokenizer
-from dsa_hal.model.training.data import documents
 
 
 def tokens(path: Path, tokenizer: Tokenizer) -> Tensor:
-    """All texts of a file as int64 [tokens], one behind the other, each after the begin-of-text
-    token, as training has them. BadInput if it cannot be read."""
-    ids = [token for text in documents(path) for token in tokenizer.encode(text)]
-    return torch.tensor(ids, dtype=torch.int64)
+    """All texts of a file as int64 [tokens], as training has them. BadInput if it cannot be
+    read."""
+    return torch.from_numpy(tokenised(path, tokenizer).astype(np.int64))
 
 
 def windows(text: Tensor, length: int, count: int, seed: int, bos: int | None) -> list[Tensor]:

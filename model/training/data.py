@@ -1,15 +1,12 @@
-"""Windows of text for training and judging.
+"""Windows of text to train on.
 
-Which window comes at which step follows from the seed alone, so a resumed run needs no saved
-position. Documents stand one behind the other, each after its <bos>; a window begins with one too.
+Which text a window holds follows from the seed and its number alone, so a resumed run only has to
+know how many were read. A window begins with the begin-of-text token.
 """
 
 from __future__ import annotations
 
-import json
 import random
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import tokenizers
@@ -20,49 +17,9 @@ from torch import Tensor
 from dsa_hal.errors import BadInput
 from dsa_hal.model.quality.needle import draw
 
-_DOCUMENTS = 256
-"""Documents tokenised at a time."""
-
-
-def documents(path: Path) -> Iterator[str]:
-    """The texts of a `.jsonl` file of {"text": ...}, or the one text of any other file."""
-    try:
-        with path.open(encoding="utf-8") as file:
-            if path.suffix != ".jsonl":
-                yield file.read()
-                return
-            for number, line in enumerate(file, 1):
-                try:
-                    text = json.loads(line)["text"]
-                except (ValueError, TypeError, KeyError):
-                    text = None
-                if not isinstance(text, str):
-                    raise BadInput(f'{path}, line {number}: expected an object {{"text": "..."}}')
-                yield text
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} cannot be read as text: {error}") from None
-
-
-def tokenised(path: Path, tokenizer: tokenizers.Tokenizer, bos: int) -> NDArray[np.uint32]:
-    """All documents of a file as one row of ids, each after `bos`."""
-    parts: list[NDArray[np.uint32]] = []
-    batch: list[str] = []
-
-    def flush() -> None:
-        for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False):
-            parts.append(np.array([bos, *encoding.ids], dtype=np.uint32))
-        batch.clear()
-
-    for text in documents(path):
-        batch.append(text)
-        if len(batch) == _DOCUMENTS:
-            flush()
-    flush()
-    return np.concatenate(parts) if parts else np.empty(0, np.uint32)
-
 
 class Windows:
-    """The training set: batch `step` holds int64 [count, length + 1] ids.
+    """The training set as an endless sequence of windows of length + 1 ids.
 
     An epoch is a new cut into windows, from a new offset and in a new order. A share `needles` of
     the windows holds retrieval tasks: statements somewhere, and some of them once more later on.
@@ -84,7 +41,7 @@ class Windows:
         self._starts = np.empty(0, np.int64)
 
     def batch(self, first: int, count: int) -> Tensor:
-        """Windows number `first` to `first + count` of the endless sequence."""
+        """Windows number `first` to `first + count`: int64 [count, length + 1]."""
         rows = np.stack([self._window(at) for at in range(first, first + count)])
         return torch.from_numpy(rows.astype(np.int64))
 
@@ -112,7 +69,7 @@ class Windows:
         ids = [e.ids for e in self._tokenizer.encode_batch(texts, add_special_tokens=False)]
         inserts = [np.array(i, np.uint32) for i in ids]
         room = len(window) - sum(map(len, inserts))
-        if room < len(inserts):
+        if room <= len(inserts):
             return window
         cuts = sorted(pick.sample(range(1, room), len(inserts)))
         pieces = [window[: cuts[0]]]

@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dsa_hal.errors import CheckpointError
-from dsa_hal.model.blocks import quantize_blocks
 from dsa_hal.model.checkpoint import Checkpoint
-from dsa_hal.model.config import ModelConfig, Quant
+from dsa_hal.model.config import BLOCK, ModelConfig, Quant
 from dsa_hal.model.schema import expected
 from dsa_hal.model.training.network import Moe, Network
+from dsa_hal.ops.quant import quantize_fp8
 
 FLOATS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 _TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
@@ -69,13 +69,18 @@ def _difference(theirs: ModelConfig, ours: ModelConfig) -> str:
     )
 
 
-def export(network: Network, tokenizer: Path, folder: Path, fmt: str, shard_mb: int = 0) -> None:
+def export(
+    network: Network, tokenizer: Path, folder: Path, fmt: str, shard_mb: int = 0,
+    generation: Mapping[str, Any] | None = None,
+) -> None:  # fmt: skip
     """Write the network as a checkpoint: `fmt` "bf16" or "fp32"; the folder appears whole.
 
-    shard_mb  cut the weights into files of at most so many MB (0: one file)
+    shard_mb    cut the weights into files of at most so many MB (0: one file)
+    generation  what generation_config.json says of sampling; None = greedy
     """
     tensors = ((n, _stored(n, t, FLOATS[fmt])) for n, t in weights(network).items())
-    _write(network.config, fmt, tensors, tokenizer, folder, shard_mb)
+    sampling = {"do_sample": True} | dict(generation) if generation else {}
+    _write(network.config, fmt, tensors, tokenizer, sampling, folder, shard_mb)
 
 
 def quantized(source: Path, folder: Path) -> None:
@@ -90,13 +95,15 @@ def quantized(source: Path, folder: Path) -> None:
                 if value.dtype == torch.float8_e4m3fn:
                     raise CheckpointError(f"{source} is quantised already ({spec.name})")
                 if spec.kind == "linear":
-                    weight, scale = quantize_blocks(value.float())
+                    weight, scale = quantize_fp8.reference(value.float(), block_rows=BLOCK)
                     yield spec.name, weight
                     yield spec.scale_name, scale
                 else:
                     yield spec.name, _stored(spec.name, value, torch.bfloat16)
 
-        _write(config, "bf16", tensors(), source, folder, 0)
+        file = source / "generation_config.json"
+        sampling = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        _write(config, "bf16", tensors(), source, sampling, folder, 0)
 
 
 def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
@@ -106,7 +113,7 @@ def _stored(name: str, value: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _write(
     config: ModelConfig, fmt: str, tensors: Iterable[tuple[str, Tensor]], tokenizer: Path,
-    folder: Path, shard_mb: int,
+    sampling: Mapping[str, Any], folder: Path, shard_mb: int,
 ) -> None:  # fmt: skip
     if folder.exists():
         raise CheckpointError(f"{folder} exists; name a folder that does not")
@@ -118,12 +125,9 @@ def _write(
         settings: dict[str, Any] = config.to_hf() | {
             "torch_dtype": "float32" if fmt == "fp32" else "bfloat16"
         }
-        generation = {
-            "bos_token_id": config.bos_token_id, "eos_token_id": settings["eos_token_id"],
-            "do_sample": True, "temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.2,
-        }  # fmt: skip
+        ends = {name: settings[name] for name in ("bos_token_id", "eos_token_id")}
         _dump(made / "config.json", settings)
-        _dump(made / "generation_config.json", generation)
+        _dump(made / "generation_config.json", dict(sampling) | ends)
         for name in _TOKENIZER:
             if (tokenizer / name).is_file():
                 shutil.copyfile(tokenizer / name, made / name)

@@ -19,22 +19,22 @@ _QUERIES = 64
 """Positions per window at which the mass is looked at."""
 
 
-def masses(q: Tensor, k: Tensor, topk: int, scale: float) -> Tensor:
+def held(q: Tensor, k: Tensor, topk: int, scale: float) -> Tensor:
     """q, k [batch, length, heads, dim] -> [2] fp32: the mass of the best and of the latest `topk`
-    keys, by the mean of the heads, over queries that see more than `topk`."""
+    keys, by the mean of the heads, over queries that see more than `topk` < length."""
     length = q.shape[1]
     at = torch.linspace(topk, length - 1, _QUERIES, device=q.device).long()
     keys = torch.arange(length, device=q.device)
     scores = torch.einsum("bqhd,bkhd->bhqk", q[:, at], k).float() * scale
     scores = scores.masked_fill(keys > at[:, None], -torch.inf)
     mean = scores.softmax(-1).mean(1)
-    best = mean.topk(min(topk, length), -1).values.sum(-1).mean()
+    best = mean.topk(topk, -1).values.sum(-1).mean()
     latest = (mean * (keys > at[:, None] - topk)).sum(-1).mean()
     return torch.stack([best, latest])
 
 
-def penalty(masses: Tensor) -> Tensor:
+def penalty(held: Tensor) -> Tensor:
     """What the mean masses over the layers lack."""
-    best, latest = masses
+    best, latest = held
     lacking: Tensor = (HELD_BY_BEST - best).clamp_min(0) + (latest - HELD_BY_LATEST).clamp_min(0)
     return lacking

@@ -17,7 +17,7 @@ from torch.nn import functional
 from dsa_hal.model.attention import LATENT_EPS
 from dsa_hal.model.config import ModelConfig
 from dsa_hal.model.layers import RopeTable
-from dsa_hal.model.training.focus import masses
+from dsa_hal.model.training.focus import held
 from dsa_hal.model.training.settings import StageName
 from dsa_hal.ops import autograd
 from dsa_hal.ops.index_select import indexer_topk
@@ -114,7 +114,7 @@ class Attention(nn.Module):
         """x [tokens, hidden] -> out [tokens, hidden], and what the stage wants beside it.
 
         "dense"   attends to everything and leaves the indexer out; nothing beside
-        "focus"   the same; the attention `masses`
+        "focus"   the same; the attention mass that keys have `held`
         "warmup"  the same; the indexer's loss against it, mean over tokens
         "sparse"  attends to what the indexer selects; its loss over that, mean over tokens
         """
@@ -131,10 +131,10 @@ class Attention(nn.Module):
         )
         if stage == "dense" or stage == "focus":
             k, v = self._expanded(latent, rotated)
-            held = None if stage == "dense" else masses(
+            mass = None if stage == "dense" else held(
                 rows.apart(q.to(k.dtype)), rows.apart(k), c.index_topk, c.softmax_scale
             )  # fmt: skip
-            return self.o_proj(self._dense(q, k, v, rows)), held
+            return self.o_proj(self._dense(q, k, v, rows)), mass
         keys = torch.cat([latent, rotated], -1)
         absorbed = self._absorbed(q)
         q_index, k_index, weights = self.indexer(x.detach(), qr.detach(), rows)

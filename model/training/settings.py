@@ -17,9 +17,9 @@ from dsa_hal.model.config import ModelConfig
 StageName = Literal["dense", "focus", "warmup", "sparse"]
 
 STAGES: tuple[StageName, ...] = ("dense", "focus", "warmup", "sparse")
-"""The paper's order: the model under dense attention, at last, for a small model, with the
-regulariser of `focus`; the indexer alone, against dense attention; both, the model under sparse
-attention and the indexer against what was selected."""
+"""The paper's order: the model under dense attention; the indexer alone, against dense attention;
+both, the model under sparse attention and the indexer against what was selected. `focus`, a second
+dense stage with a regulariser, is ours."""
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Stage:
     steps     optimizer steps; 0 leaves the stage out
     batch     windows per step
     micro     windows per backward pass, to fit memory; 0 = all at once
-    index_lr  rate of the indexer in the sparse stage; 0 = `lr`
+    index_lr  rate of the indexer; 0 = `lr`
     """
 
     steps: int
@@ -58,9 +58,11 @@ class Data:
 class Settings:
     """A training run. Paths are relative to the file.
 
-    model            fields of config.json
+    model            fields of config.json; as there, unknown ones are ignored
     tokenizer        folder with tokenizer.json
+    dense, focus, warmup, sparse  the stages; focus may be left out
     length           tokens per window
+    generation       fields of the finished model's generation_config.json; none = greedy
     gate_bias_speed  step of the gate's bias towards an even load, after each step of a stage that
                      trains the gate
     init_std         deviation of embeddings; matrices get fan_in^-0.5
@@ -74,6 +76,7 @@ class Settings:
     sparse: Stage
     length: int
     focus: Stage = Stage(steps=0, batch=1, lr=0.0)
+    generation: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     gate_bias_speed: float = 1e-3
     init_std: float = 0.02
@@ -118,13 +121,30 @@ class Settings:
         return made
 
     def _check(self, path: Path) -> None:
-        config = self.config()
+        for name, value, least in (
+            ("length", self.length, 2), ("log_every", self.log_every, 1),
+            ("eval_every", self.eval_every, 1), ("eval_windows", self.eval_windows, 1),
+            ("checkpoint_every", self.checkpoint_every, 1),
+        ):  # fmt: skip
+            if value < least:
+                raise ConfigError(f"{path}: {name} is {value}; it must be at least {least}")
         if not 0 <= self.data.needles <= 1:
             raise ConfigError(f"{path}: data.needles is {self.data.needles}; it is a share, 0 to 1")
-        if not 2 <= self.length <= config.max_position_embeddings:
+        if max(self.betas) >= 1 or not self.clip:
+            raise ConfigError(
+                f"{path}: betas are {list(self.betas)}, clip is {self.clip}; betas must be below 1,"
+                " clip above 0"
+            )
+        config = self.config()
+        if self.length > config.max_position_embeddings:
             raise ConfigError(
                 f"{path}: length is {self.length}; the model's positions allow 2 to"
                 f" {config.max_position_embeddings}"
+            )
+        if self.focus.steps and self.length <= config.index_topk:
+            raise ConfigError(
+                f"{path}: stage focus wants windows longer than the {config.index_topk} keys of"
+                f" index_topk; length is {self.length}"
             )
         for name in STAGES:
             stage = self.stage(name)
@@ -133,6 +153,8 @@ class Settings:
                     f"{path}: {name}.batch is {stage.batch} with micro {stage.micro}; batch must be"
                     " at least 1 and a multiple of micro"
                 )
+            if stage.steps and not stage.lr:
+                raise ConfigError(f"{path}: {name}.lr is 0 while {name}.steps is {stage.steps}")
 
 
 def _change(raw: dict[str, Any], name: str, value: Any, path: Path) -> None:
@@ -178,7 +200,15 @@ def _value(hint: Any, value: Any, where: str) -> Any:
         return value
     if hint == tuple[float, float] and isinstance(value, list) and len(value) == 2:
         return tuple(_value(float, each, where) for each in value)
-    if hint == Mapping[str, Any] and isinstance(value, dict):
+    if hint == Mapping[str, Any] and isinstance(value, dict) and all(
+        isinstance(name, str) for name in value
+    ):  # fmt: skip
         return value
-    wanted = {int: "a whole number of at least 0", float: "a number of at least 0", str: "a text"}
-    raise ConfigError(f"{where} is {value!r}; expected {wanted.get(hint, 'another kind of value')}")
+    wanted = {
+        int: "a whole number of at least 0",
+        float: "a number of at least 0 (YAML wants a point in it: 1.0e-3)",
+        str: "a text",
+        tuple[float, float]: "two numbers of at least 0",
+        Mapping[str, Any]: "a group of config.json's fields",
+    }
+    raise ConfigError(f"{where} is {value!r}; expected {wanted[hint]}")

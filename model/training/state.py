@@ -4,6 +4,7 @@ with the optimizer's state beside it."""
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +23,8 @@ from dsa_hal.model.training.settings import STAGES, StageName
 KEPT = 2
 """Checkpoints of a run that stay; older ones are deleted once a newer one is whole."""
 
+_ORDER = [str(name) for name in STAGES]
+_NAME = re.compile(rf"({'|'.join(_ORDER)})-(\d+)")
 _STATE, _POSITION = "training.safetensors", "training.json"
 
 
@@ -34,19 +37,25 @@ class Position:
     windows: int
     settings: str
 
+    @property
+    def folder(self) -> str:
+        return f"{self.stage}-{self.step:06d}"
+
 
 def checkpoints(out: Path) -> list[Path]:
     """Folders of a run's checkpoints, oldest first."""
-    found = [p for p in (out / "checkpoints").glob("*-*") if p.name.split("-")[0] in STAGES]
-    order = [str(name) for name in STAGES]
-    return sorted(found, key=lambda p: (order.index(p.name.split("-")[0]), int(p.name[-6:])))
+    found: list[tuple[int, int, Path]] = []
+    for path in (out / "checkpoints").glob("*"):
+        if match := _NAME.fullmatch(path.name):
+            found.append((_ORDER.index(match[1]), int(match[2]), path))
+    return [path for *_, path in sorted(found)]
 
 
 def save(
     out: Path, network: Network, optimizer: AdamW, position: Position, tokenizer: Path
 ) -> Path:
     """Write `out/checkpoints/STAGE-STEP`, then delete all but the newest."""
-    folder = out / "checkpoints" / f"{position.stage}-{position.step:06d}"
+    folder = out / "checkpoints" / position.folder
     if folder.exists():
         return folder
     partial = folder.with_name(f".{folder.name}.partial")
@@ -63,9 +72,12 @@ def save(
 def position_of(folder: Path) -> Position:
     """What a checkpoint says of itself; CheckpointError when it cannot be read."""
     try:
-        return Position(**json.loads((folder / _POSITION).read_text(encoding="utf-8")))
+        position = Position(**json.loads((folder / _POSITION).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise CheckpointError(f"{folder} is no checkpoint of a training run: {error}") from None
+    if folder.name != position.folder:
+        raise CheckpointError(f"{folder} says that it is {position.folder}; delete it")
+    return position
 
 
 def restore(folder: Path, network: Network, optimizer: AdamW | None) -> None:
@@ -82,9 +94,11 @@ def restore(folder: Path, network: Network, optimizer: AdamW | None) -> None:
             value.copy_(tensors[f"weight/{name}"])
     if optimizer is None:
         return
+    fused = bool(optimizer.defaults["fused"])
     for name, parameter in _named(network, optimizer):
         optimizer.state[parameter] = {
-            "step": tensors[f"step/{name}"],
+            # The fused optimizer of a device counts its steps there.
+            "step": tensors[f"step/{name}"].to(parameter.device if fused else "cpu"),
             "exp_avg": tensors[f"mean/{name}"].to(parameter.device),
             "exp_avg_sq": tensors[f"square/{name}"].to(parameter.device),
         }

@@ -19,12 +19,13 @@ from torch import Tensor
 from torch.nn import functional
 from torch.optim import AdamW
 
-from dsa_hal.errors import CheckpointError
+from dsa_hal.errors import BadInput, CheckpointError, ConfigError, DsaHalError
 from dsa_hal.model.quality.heldout import windows
 from dsa_hal.model.shards import write_atomic
+from dsa_hal.model.text import tokenised
 from dsa_hal.model.tokenizer import Tokenizer
 from dsa_hal.model.training import state
-from dsa_hal.model.training.data import Windows, tokenised
+from dsa_hal.model.training.data import Windows
 from dsa_hal.model.training.export import load_weights
 from dsa_hal.model.training.focus import penalty
 from dsa_hal.model.training.network import Network
@@ -53,18 +54,23 @@ class Trainer:
 
     def __init__(self, settings: Settings, out: Path, *, start: Path | None = None) -> None:
         self.settings, self.out = settings, out
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CheckpointError(f"{out} cannot be a run's folder: {error.strerror}") from None
         self.device = torch.device(current().device)
         self.network = Network(settings.config(), settings.seed, settings.init_std)
         tokenizer_path = settings.path(settings.tokenizer)
         self.tokenizer = Tokenizer.load(tokenizer_path, self.network.config)
-        self.bos = self.tokenizer.bos_id or 0
+        if self.tokenizer.bos_id is None:
+            raise ConfigError(f"{tokenizer_path} names no bos_token, which begins every window")
+        self.bos = self.tokenizer.bos_id
         self.tokenizer_path = tokenizer_path
-        self._print = _fingerprint(settings)
-        self.position = Position(STAGES[0], 0, 0, self._print)
+        self._fingerprint = _fingerprint(settings)
+        self.position = Position(STAGES[0], 0, 0, self._fingerprint)
         self._resume = self._latest()
         if self._resume is None and start is not None:
             load_weights(self.network, start)
-        out.mkdir(parents=True, exist_ok=True)
         self.records: list[Record] = self._recorded()
         self.network.to(self.device)
         self.train_text = self._tokens(settings.data.train)
@@ -90,7 +96,7 @@ class Trainer:
     def _stage(self, name: StageName, report: Report, deadline: float) -> bool:
         stage = self.settings.stage(name)
         done = self.position.step if self.position.stage == name else 0
-        self.position = Position(name, done, self.position.windows, self._print)
+        self.position = Position(name, done, self.position.windows, self._fingerprint)
         optimizer = self._optimizer(name, stage)
         if self._resume is not None:
             state.restore(self._resume, self.network, optimizer if done else None)
@@ -105,6 +111,7 @@ class Trainer:
                 record |= self.judge(name)
             if record["step"] % self.settings.log_every == 0 or "heldout" in record or step == 0:
                 plain = {k: v.item() if isinstance(v, Tensor) else v for k, v in record.items()}
+                _finite(plain)
                 self.records.append(plain)
                 report(plain)
             if (step + 1) % self.settings.checkpoint_every == 0 or last:
@@ -135,7 +142,7 @@ class Trainer:
         if name != "warmup":
             for gate in self.network.gates():
                 gate.balance(self.settings.gate_bias_speed)
-        self.position = Position(name, step + 1, first + stage.batch, self._print)
+        self.position = Position(name, step + 1, first + stage.batch, self._fingerprint)
         return {"stage": name, "step": step + 1, "lr": rate, "norm": norm} | sums
 
     def _losses(self, batch: Tensor, stage: StageName) -> Record:
@@ -199,7 +206,7 @@ class Trainer:
         if not found:
             return None
         position = state.position_of(found[-1])
-        if position.settings != self._print:
+        if position.settings != self._fingerprint:
             raise CheckpointError(
                 f"{found[-1]} belongs to a run with other settings; name another folder, or delete"
                 " it to start anew"
@@ -208,9 +215,10 @@ class Trainer:
         return found[-1]
 
     def _save(self, optimizer: AdamW) -> None:
-        state.save(self.out, self.network, optimizer, self.position, self.tokenizer_path)
+        """The losses first: those beyond the checkpoint are left out when a run goes on."""
         lines = "".join(json.dumps(record) + "\n" for record in self.records)
         write_atomic(self.out / LOSSES, lines.encode())
+        state.save(self.out, self.network, optimizer, self.position, self.tokenizer_path)
 
     def _recorded(self) -> list[Record]:
         """Losses of the steps that the checkpoint to resume from has behind it."""
@@ -218,15 +226,24 @@ class Trainer:
         if self._resume is None or not file.is_file():
             return []
         reached = (STAGES.index(self.position.stage), self.position.step)
-        lines = [json.loads(line) for line in file.read_text().splitlines()]
-        return [r for r in lines if (STAGES.index(r["stage"]), r["step"]) <= reached]
+        try:
+            lines = [json.loads(line) for line in file.read_text().splitlines()]
+            return [r for r in lines if (STAGES.index(r["stage"]), r["step"]) <= reached]
+        except (ValueError, TypeError, KeyError):
+            raise CheckpointError(
+                f"{file} is damaged; delete it to go on without the losses so far"
+            ) from None
 
     def _tokens(self, name: str) -> NDArray[np.uint32]:
         """A file of text as ids, kept in `out` for the next run."""
         source = self.settings.path(name)
-        kept = self.out / f"tokens-{source.stem}-{_file_print(source, self.tokenizer_path)}.npy"
+        if not source.is_file():
+            raise BadInput(f"{source} is no file; the training file names it as text")
+        stamps = [(f.stat().st_size, f.stat().st_mtime_ns) for f in (
+            source, self.tokenizer_path / "tokenizer.json")]  # fmt: skip
+        kept = self.out / f"tokens-{source.stem}-{_digest(stamps)}.npy"
         if not kept.is_file():
-            ids = tokenised(source, self.tokenizer.core, self.bos)
+            ids = tokenised(source, self.tokenizer)
             partial = kept.with_suffix(".partial.npy")
             np.save(partial, ids)
             partial.rename(kept)
@@ -242,21 +259,32 @@ def _rate(stage: Stage, step: int) -> float:
     return stage.final_lr + (stage.lr - stage.final_lr) * 0.5 * (1 + math.cos(math.pi * share))
 
 
+def _finite(record: Record) -> None:
+    for name, value in record.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise DsaHalError(
+                f"{name} is {value} at step {record['step']} of stage {record['stage']}: the"
+                " training diverged; lower the stage's lr and go on from the last checkpoint"
+            )
+
+
 def _fingerprint(settings: Settings) -> str:
-    """What decides the numbers of a run; steps of its stages may be changed between runs."""
+    """What decides the numbers of a run, its files by their names. How long stages are, how fast
+    they learn and what is looked at on the way may change between two sittings."""
     told = asdict(settings)
-    for name in ("folder", "log_every", "eval_every", "eval_windows", "checkpoint_every"):
+    for name in (
+        *STAGES,
+        "folder",
+        "generation",
+        "log_every",
+        "eval_every",
+        "eval_windows",
+        "checkpoint_every",
+    ):
         del told[name]
-    for name in STAGES:
-        del told[name]
-    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    return _digest(told)
 
 
-def _file_print(*paths: Path) -> str:
-    stamps = []
-    for path in paths:
-        file = path / "tokenizer.json" if path.is_dir() else path
-        if not file.is_file():
-            raise CheckpointError(f"{file} does not exist; the training file names it")
-        stamps.append(f"{file.stat().st_size}/{file.stat().st_mtime_ns}")
-    return hashlib.sha256("/".join(stamps).encode()).hexdigest()[:12]
+def _digest(told: Any) -> str:
+    text = json.dumps(told, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,13 +1,16 @@
-"""The losses of a run as a picture."""
+"""The losses of a training run as a picture, PNG. Needs matplotlib, so this file is imported only
+to draw."""
 
 from __future__ import annotations
 
-import os
+import io
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from dsa_hal.errors import ConfigError
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
 from dsa_hal.model.training.settings import STAGES
 
 _TITLES = {
@@ -23,17 +26,12 @@ _LINES = (
 )
 
 
-def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
-    """One panel a stage, text loss above and the indexer's below, into a PNG or SVG. ConfigError
-    without matplotlib."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError(
-            "the picture needs matplotlib; install it with: pip install 'dsa-hal[report]'"
-        ) from None
+def losses(records: Sequence[dict[str, Any]]) -> bytes:
+    """A column a stage: the loss on text above; below, the indexer's, or in stage focus the
+    attention mass that keys hold."""
     stages = [name for name in STAGES if any(r["stage"] == name for r in records)]
     figure = Figure(figsize=(4.2 * max(1, len(stages)), 5.6), layout="constrained")
+    FigureCanvasAgg(figure)
     grid = figure.subplots(2, max(1, len(stages)), squeeze=False, sharex="col")
     for column, stage in enumerate(stages):
         here = [r for r in records if r["stage"] == stage]
@@ -56,13 +54,13 @@ def draw(records: Sequence[dict[str, Any]], path: Path) -> None:
                           transform=axes.transAxes, color="#888888", fontsize=9)  # fmt: skip
     grid[0][0].set_ylabel("nats per token")
     grid[1][0].set_ylabel("nats per token and layer, or share")
-    partial = path.with_name(f".{path.name}.partial{path.suffix}")
-    figure.savefig(partial, dpi=140)
-    os.replace(partial, path)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=140)
+    return buffer.getvalue()
 
 
 def _line(
-    axes: Any, records: Sequence[dict[str, Any]], key: str, label: str, colour: str, width: float
+    axes: Axes, records: Sequence[dict[str, Any]], key: str, label: str, colour: str, width: float
 ) -> None:
     points = [(r["step"], r[key]) for r in records if key in r]
     if points:
