@@ -1,14 +1,16 @@
-"""How good the built-in model's sparse attention is, on text that it was not trained on: the whole
-report on one window of its full context. Fails if the indexer selects badly, and proves that it
-would: random keys in its place must do visibly worse."""
+"""How good the built-in model's sparse attention is, on text that it was not trained on: the report
+on a window or a few of its full context. Fails if the indexer selects badly, and proves that it would:
+random keys in its place must do visibly worse."""
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import pytest
 
 from dsa_hal.model.builtin import HELDOUT, builtin_checkpoint
 from dsa_hal.model.quality.perplexity import Perplexity
-from dsa_hal.model.quality.report import PARTS, Quality, measure, plan, subject
+from dsa_hal.model.quality.report import Quality, measure, plan, subject
 
 CONTEXT = 4096
 CLOSE = 1.01
@@ -23,15 +25,19 @@ HELD, HELD_BY_LATEST = 0.90, 0.50
 Lines = dict[tuple[str, str], Perplexity]
 
 
-@pytest.fixture(scope="module")
-def quality() -> Quality:
+def measured(parts: Sequence[str], windows: int) -> Quality:
     folder = builtin_checkpoint()
     asked = subject(folder)
     wanted = plan(
-        asked, folder / HELDOUT, parts=PARTS, context=CONTEXT, windows=1, seed=0,
-        lengths=(CONTEXT // 8, CONTEXT), depths=(0, 25, 50, 75, 100), samples=1,
+        asked, folder / HELDOUT, parts=parts, context=CONTEXT, windows=windows, seed=0,
+        lengths=(CONTEXT // 2,), depths=(0, 25, 50, 75, 100), samples=1,
     )  # fmt: skip
     return measure(asked, wanted)
+
+
+@pytest.fixture(scope="module")
+def quality() -> Quality:
+    return measured(("perplexity", "needle"), windows=1)
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +61,10 @@ def test_random_keys_break_it(lines: Lines) -> None:
     assert late >= BROKEN
 
 
-def test_the_selected_keys_hold_the_attention_mass(quality: Quality) -> None:
-    held = quality.recall
-    assert held is not None and held.queries == CONTEXT - held.topk
+def test_the_selected_keys_hold_the_attention_mass() -> None:
+    """Windows differ, so it takes the mean of three: one alone may be mostly local."""
+    held = measured(("recall",), windows=3).recall
+    assert held is not None and held.queries == 3 * (CONTEXT - held.topk)
     assert held.whole.best >= held.whole.selected >= HELD
     assert held.whole.recent < HELD_BY_LATEST
 

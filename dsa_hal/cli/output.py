@@ -57,8 +57,8 @@ def render(
     heading: bool = True,
     terminal: TextIO | None = None,
 ) -> str:
-    """Rows under headings as text for `terminal` (stdout); `right` names the columns of numbers. The last
-    column may wrap."""
+    """Rows under headings as text for `terminal` (stdout); `right` names the columns of numbers.
+    The last column may wrap."""
     made = Table(
         box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0), show_header=heading
     )
