@@ -1,6 +1,6 @@
 """How good the built-in model's sparse attention is, on text that it was not trained on: the report
-on a window or a few of its full context. Fails if the indexer selects badly, and proves that it would:
-random keys in its place must do visibly worse."""
+on windows of its full context. Fails if the indexer selects badly, and proves that it would: random
+keys in its place must do visibly worse."""
 
 from __future__ import annotations
 
