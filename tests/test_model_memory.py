@@ -85,7 +85,10 @@ def test_prefill_memory_grows_linearly(tmp_path: Path) -> None:
         q_lora_rank=128, hidden_size=128, intermediate_size=128,
     )  # fmt: skip
     written(tmp_path, config)
-    peaks = [measured(tmp_path, length)["peak"] for length in (2048, 4096, 8192)]
+    # Twice, since how much of torch's own code is resident varies by tens of MiB.
+    peaks = [
+        min(measured(tmp_path, length)["peak"] for _ in range(2)) for length in (2048, 4096, 8192)
+    ]
     growth = peaks[1] - peaks[0], peaks[2] - peaks[1]
     assert growth[1] < 2.5 * growth[0] + 32 * MIB
     assert peaks[2] < 768 * MIB

@@ -340,12 +340,8 @@ def test_entry_points_add_backends_and_contracts_are_refused(tmp_path: Path) -> 
     """
     for contract, want in ((1, "abacus/beads"), (99, "written for contract 99, this op has 1")):
         (package / "quantize_fp8.py").write_text(source.replace("CONTRACT", str(contract)))
-        done = in_process(
-            code,
-            DSA_HAL_BACKEND="abacus",
-            PYTHONPATH=str(tmp_path),
-            PYTHONDONTWRITEBYTECODE="1",
-        )
+        here = dict(PYTHONPATH=str(tmp_path), PYTHONDONTWRITEBYTECODE="1")
+        done = in_process(code, DSA_HAL_BACKEND="abacus", **here)
         assert want in done.stdout, done.stdout + done.stderr
 
 

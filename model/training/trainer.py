@@ -109,12 +109,16 @@ class Trainer:
             last = step + 1 == stage.steps
             if (step + 1) % self.settings.eval_every == 0 or last:
                 record |= self.judge(name)
-            if record["step"] % self.settings.log_every == 0 or "heldout" in record or step == 0:
-                plain = {k: v.item() if isinstance(v, Tensor) else v for k, v in record.items()}
-                _finite(plain)
+            logged = (step + 1) % self.settings.log_every == 0 or "heldout" in record or step == 0
+            kept = (step + 1) % self.settings.checkpoint_every == 0 or last
+            if not logged and not kept:  # to read a number would wait for the device
+                continue
+            plain = {k: v.item() if isinstance(v, Tensor) else v for k, v in record.items()}
+            _finite(plain)
+            if logged:
                 self.records.append(plain)
                 report(plain)
-            if (step + 1) % self.settings.checkpoint_every == 0 or last:
+            if kept:
                 self._save(optimizer)
         return True
 
