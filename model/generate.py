@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 
 import torch
@@ -96,10 +96,12 @@ def generate(
     else:
         raise BadInput(f"there are {len(checked)} prompts; a memory belongs to one conversation")
     live: dict[int, int] = {}
+    seen = [set(prompt.tolist()) for prompt in checked]
 
     def take(row: int, logits: Tensor) -> None:
         """Choose row's next token; `live` keeps the rows that go on."""
-        token = choose(row, logits, [*checked[row].tolist(), *out[row]])
+        token = choose(row, logits, seen[row])
+        seen[row].add(token)
         live.pop(row, None)
         if token not in stops:
             out[row].append(token)
@@ -128,7 +130,7 @@ def generate(
 
 
 class Sampler:
-    """Picks one token from logits [vocab], knowing the tokens so far; the same seed picks the same
+    """Picks one token from logits [vocab], knowing which were there before; the same seed picks the same
     tokens, whatever else runs.
 
     Draws come from generators of its own on the CPU, one per row, never from torch's global one.
@@ -151,9 +153,9 @@ class Sampler:
         self._penalty = repetition_penalty
         self._generators: dict[int, torch.Generator] = {}
 
-    def __call__(self, row: int, logits: Tensor, so_far: Sequence[int]) -> int:
+    def __call__(self, row: int, logits: Tensor, so_far: Set[int]) -> int:
         if self._penalty != 1:
-            seen = torch.tensor(sorted(set(so_far)), device=logits.device)
+            seen = torch.tensor(list(so_far), device=logits.device)
             held = logits[seen]
             less = torch.where(held > 0, held / self._penalty, held * self._penalty)
             logits = logits.index_copy(0, seen, less)

@@ -126,7 +126,7 @@ def test_bad_wishes_are_refused(model: Transformer, prompts: Any, options: Any, 
 
 def draws(sampler: Sampler, probabilities: list[float], count: int) -> list[int]:
     logits = torch.tensor(probabilities).log()
-    return [sampler(0, logits, []) for _ in range(count)]
+    return [sampler(0, logits, set()) for _ in range(count)]
 
 
 def test_sampling_follows_the_probabilities() -> None:
@@ -182,6 +182,6 @@ def test_repetition_penalty_is_that_of_transformers() -> None:
         logits = torch.randn(12, generator=generator)
         so_far = torch.randint(12, (1, 8), generator=generator)
         want = int(process(so_far, logits[None])[0].argmax())
-        assert Sampler(0.0, 1.0, 1.7, 0)(0, logits, so_far[0].tolist()) == want
+        assert Sampler(0.0, 1.0, 1.7, 0)(0, logits, set(so_far[0].tolist())) == want
         moved += want != int(logits.argmax())
     assert moved > 20
