@@ -130,8 +130,8 @@ def generate(
 
 
 class Sampler:
-    """Picks one token from logits [vocab], knowing which were there before; the same seed picks the same
-    tokens, whatever else runs.
+    """Picks one token from logits [vocab], knowing which were there before; the same seed picks
+    the same tokens, whatever else runs.
 
     Draws come from generators of its own on the CPU, one per row, never from torch's global one.
     """
