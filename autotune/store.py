@@ -1,4 +1,5 @@
-"""Tables of winners: which implementation of an op was fastest, by ranges of its variable axes.
+"""Tables of what was fastest: which implementation of an op, and which configuration of a kernel,
+for calls of which shapes.
 
 A table is a YAML file with a stamp that says where it was measured. The tables shipped with a
 backend (`backends/<backend>/tuned/*.yaml`) are read first, then this user's own
@@ -6,24 +7,33 @@ backend (`backends/<backend>/tuned/*.yaml`) are read first, then this user's own
 device or contract is passed over with one line in the log; a table that cannot be read is an error
 that names the file.
 
-    stamp: {backend: cuda, arch: sm90, device: NVIDIA H200, torch: 2.11.0}
+    stamp: {backend: cuda, arch: sm90, device: NVIDIA H200}
     ops:
       topk:
         contract: 1
+        with: {torch: 2.11.0, triton: 3.6.0, driver: 580.159.04}
         winners:
-        - {rows: 1, columns: 131072, impl: radix}
-        - {rows: 4096, columns: 32768, impl: threshold}
+        - call: {logits: "float32[64, 32768]", k: 2048, ties: any}
+          us: {radix: 9.1, torch: 88.0}
+        configs:
+          topk/radix:
+          - {facts: {rows: 64, n: 32768}, config: {threads: 512}}
+
+A table derived for a device that nobody measured says so in its stamp (`derived_from`), and has
+`rank` (1 the fastest) in the place of `us`.
 """
 
 from __future__ import annotations
 
+import fcntl
 import importlib
 import math
 import os
+import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -32,28 +42,64 @@ from dsa_hal.errors import ConfigError
 from dsa_hal.log import logger
 from dsa_hal.target import Target, packages
 
+UNLIKE = 20.0
+"""The distance between arguments that no ratio compares: other dtypes, words, or one left out."""
+
 
 @dataclass(frozen=True)
 class Winner:
-    """At about these sizes of the variable axes, this implementation was fastest."""
+    """A measured call: its description (see `facts.described`), and what each implementation took,
+    in microseconds or as its rank, the fastest first."""
 
-    sizes: Mapping[str, int]
-    impl: str
+    call: Mapping[str, str | int | float]
+    us: Mapping[str, float]
 
-    def distance(self, sizes: Mapping[str, int]) -> float:
-        """How far other sizes are: the sum over axes of the ratio's logarithm."""
-        return sum(abs(math.log((sizes[a] + 1) / (n + 1))) for a, n in self.sizes.items())
+    @property
+    def impl(self) -> str:
+        return next(iter(self.us))
+
+    def distance(self, call: Mapping[str, str | int | float]) -> float:
+        """How far another call is: the sum of the logarithms of all ratios of sizes."""
+        names = self.call.keys() | call.keys()
+        return sum(_apart(self.call.get(name), call.get(name)) for name in names)
 
 
-def nearest(winners: Sequence[Winner], sizes: Mapping[str, int]) -> str:
-    """The implementation that won nearest to `sizes`; the earlier entry wins a tie."""
-    return min(winners, key=lambda winner: winner.distance(sizes)).impl
+def _apart(a: str | int | float | None, b: str | int | float | None) -> float:
+    if a == b:
+        return 0.0
+    (kind, sizes), (other, others) = _parts(a), _parts(b)
+    if kind != other or len(sizes) != len(others):
+        return UNLIKE
+    return sum(abs(math.log((m + 1) / (n + 1))) for m, n in zip(sizes, others, strict=True))
 
 
-def winners(op: str, contract: int, axes: Sequence[str], target: Target) -> tuple[Winner, ...]:
-    """The winners known for an op on a target; empty if it was never measured there.
+@lru_cache(maxsize=4096)
+def _parts(value: str | int | float | None) -> tuple[str, tuple[float, ...]]:
+    """A described argument as a kind and sizes that ratios compare."""
+    if isinstance(value, bool) or value is None:
+        return str(value), ()
+    if isinstance(value, int | float):
+        return ("number", (value,)) if value >= 0 else (str(value), ())
+    numbers = re.compile(r"\d+(?=[],])")  # the sizes of a shape; not the digits of a dtype's name
+    return numbers.sub("", value), tuple(map(int, numbers.findall(value)))
 
-    Raises ConfigError for a file that is not a table, or an entry whose axes are not the op's.
+
+def nearest(
+    winners: Sequence[Winner], call: Mapping[str, str | int | float], able: Collection[str]
+) -> str | None:
+    """The fastest of the `able` implementations in the measurement nearest to `call` that timed
+    one of them; the earlier measurement wins a tie. None if none did."""
+    fitting = [winner for winner in winners if any(name in able for name in winner.us)]
+    if not fitting:
+        return None
+    best = min(fitting, key=lambda winner: winner.distance(call))
+    return next(name for name in best.us if name in able)
+
+
+def winners(op: str, contract: int, target: Target) -> tuple[Winner, ...]:
+    """What was measured of an op on a target; empty if it never was.
+
+    Raises ConfigError for a file that is not a table, or an entry that is not one.
     """
     found: tuple[Winner, ...] = ()
     for path, table in _tables(target):
@@ -66,7 +112,18 @@ def winners(op: str, contract: int, axes: Sequence[str], target: Target) -> tupl
                 path, op, entry.get("contract"), contract,
             )  # fmt: skip
             continue
-        found = tuple(_winner(path, op, axes, row) for row in entry["winners"])
+        found = tuple(_winner(path, op, row) for row in entry["winners"])
+    return found
+
+
+def configs(space: str, target: Target) -> tuple[tuple[dict[str, int], dict[str, int]], ...]:
+    """(facts, configuration) pairs measured for a kernel's space on a target; a later table's
+    replace an earlier one's."""
+    found: tuple[tuple[dict[str, int], dict[str, int]], ...] = ()
+    for path, table in _tables(target):
+        rows = table["ops"].get(space.partition("/")[0], {}).get("configs", {}).get(space)
+        if rows is not None:
+            found = tuple(_config(path, space, row) for row in rows)
     return found
 
 
@@ -75,16 +132,29 @@ def user_file(target: Target) -> Path:
     return env.CACHE.read() / "tuned" / f"{target.backend}-{target.arch}.yaml"
 
 
-def write(path: Path, target: Target, torch_version: str, ops: Mapping[str, Any]) -> None:
-    """Write a table whole or not at all. `ops` maps op -> {"contract": int, "winners": [...]}."""
+def keep(path: Path, target: Target, op: str, entry: Mapping[str, Any]) -> None:
+    """Put an op's entry into a table, in the place of its earlier one. Entries of other ops stay,
+    unless the table is of another device. Several processes may do so at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".keep").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        table = read(path) if path.is_file() else {"stamp": {}, "ops": {}}
+        same = table["stamp"] == _identity(target)
+        write(path, target, {**(table["ops"] if same else {}), op: dict(entry)})
+
+
+def write(path: Path, target: Target, ops: Mapping[str, Any], derived_from: str = "") -> None:
+    """Write a table whole or not at all. `ops` maps op -> {"contract": int, "with": {...},
+    "winners": [...], "configs": {...}}."""
     import yaml
 
-    stamp = {**_identity(target), "torch": torch_version}
+    stamp = {**_identity(target), **({"derived_from": derived_from} if derived_from else {})}
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
         with os.fdopen(handle, "w") as file:
-            yaml.safe_dump({"stamp": stamp, "ops": dict(ops)}, file, sort_keys=False)
+            table = {"stamp": stamp, "ops": dict(ops)}
+            yaml.safe_dump(table, file, sort_keys=False, width=100, default_flow_style=None)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -100,26 +170,34 @@ def _identity(target: Target) -> dict[str, str]:
 
 @cache
 def _tables(target: Target) -> tuple[tuple[Path, dict[str, Any]], ...]:
-    """Tables whose stamp fits the target, shipped ones first."""
+    """Tables whose stamp fits the target, shipped ones first. A user's table of another device, or
+    a backend with shipped tables of other devices alone, is passed over with one line."""
     fitting = []
     homes = [Path(importlib.import_module(p).__path__[0]) for p in packages()[target.backend]]
     shipped = [path for home in homes for path in sorted((home / "tuned").glob("*.yaml"))]
     own = [path] if (path := user_file(target)).is_file() else []
     for path in (*shipped, *own):
-        table = _read(path)
+        table = read(path)
         different = [
             f"{key} {table['stamp'].get(key)!r}, this is {value!r}"
             for key, value in _identity(target).items()
             if table["stamp"].get(key) != value
         ]
-        if different:
-            logger.warning("%s was measured on %s; not used", path, ", ".join(different))
-        else:
+        if not different:
             fitting.append((path, table))
+        elif path in own:
+            logger.warning("%s was measured on %s; not used", path, ", ".join(different))
+    if shipped and not fitting:
+        names = ", ".join(path.stem for path in shipped)
+        logger.warning(
+            "the shipped tuning tables (%s) are of other devices than %s; not used:"
+            " `dsa-hal tune` measures this one", names, target.name or target,
+        )  # fmt: skip
     return tuple(fitting)
 
 
-def _read(path: Path) -> dict[str, Any]:
+def read(path: Path) -> dict[str, Any]:
+    """A table as it stands in its file. Raises ConfigError if it is none."""
     import yaml  # here, as a process without tables need not pay for it
 
     try:
@@ -132,7 +210,9 @@ def _read(path: Path) -> dict[str, Any]:
         and isinstance(table.get("stamp"), dict)
         and isinstance(table.get("ops"), dict)
         and all(
-            isinstance(e, dict) and isinstance(e.get("winners"), list)
+            isinstance(e, dict)
+            and isinstance(e.get("winners"), list)
+            and isinstance(e.get("configs", {}), dict)
             for e in table["ops"].values()
         )
     ):
@@ -140,12 +220,28 @@ def _read(path: Path) -> dict[str, Any]:
     return table
 
 
-def _winner(path: Path, op: str, axes: Sequence[str], row: Any) -> Winner:
-    if isinstance(row, dict) and isinstance(row.get("impl"), str):
-        sizes = {name: value for name, value in row.items() if name != "impl"}
-        if set(sizes) == set(axes) and all(isinstance(n, int) for n in sizes.values()):
-            return Winner(sizes, row["impl"])
+def _winner(path: Path, op: str, row: Any) -> Winner:
+    if isinstance(row, dict) and isinstance(row.get("call"), dict) and len(row) == 2:
+        times = row.get("us", row.get("rank"))
+        if isinstance(times, dict) and times and all(_is_time(t) for t in times.values()):
+            return Winner(row["call"], dict(sorted(times.items(), key=lambda item: item[1])))
     raise ConfigError(
-        f"{path}: {op} has the entry {row!r}; expected impl and whole numbers for"
-        f" {', '.join(axes)}; delete the file or tune anew"
+        f"{path}: {op} has the entry {row!r}; expected call (argument: description) and us"
+        " (implementation: microseconds); delete the file or tune anew"
+    )
+
+
+def _is_time(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value) and value >= 0
+
+
+def _config(path: Path, space: str, row: Any) -> tuple[dict[str, int], dict[str, int]]:
+    if isinstance(row, dict) and row.keys() == {"facts", "config"}:
+        facts, config = row["facts"], row["config"]
+        both = (*facts.values(), *config.values()) if isinstance(facts, dict) else (None,)
+        if isinstance(config, dict) and all(isinstance(n, int) for n in both):
+            return facts, config
+    raise ConfigError(
+        f"{path}: {space} has the configuration {row!r}; expected facts and config, each a map to"
+        " whole numbers; delete the file or tune anew"
     )

@@ -19,7 +19,7 @@ from dsa_hal.autotune.store import Winner
 from dsa_hal.case import Case, Cost, Inputs
 from dsa_hal.check import Check
 from dsa_hal.errors import BadInput, ConfigError
-from dsa_hal.facts import asking, facts_of
+from dsa_hal.facts import Described, asking, described, facts_of
 from dsa_hal.selection import (
     COMPOSITE,
     DETERMINISTIC,
@@ -142,6 +142,11 @@ class Op(Generic[P, R]):
         """The sizes of a call's variable axes."""
         return dict(zip(self.variable, self._sizes(*args, **kwargs), strict=True))
 
+    @cached_property
+    def described(self) -> Callable[P, Described]:
+        """A function that says a call's shapes, dtypes and plain arguments in words."""
+        return described(inspect.unwrap(self.reference))
+
     def __repr__(self) -> str:
         return f"<{self.kind} {self.name} v{self.version}>"
 
@@ -228,7 +233,7 @@ class Op(Generic[P, R]):
         if not fit:
             verdicts = chosen.verdicts(self, args, kwargs)
             raise Unsupported(self.name, chosen.target, verdicts, chosen.hint(self))
-        return _nearest(fit, winners, self.sizes(*args, **kwargs)) if winners else fit[0]
+        return _nearest(fit, winners, self.described(*args, **kwargs)) if winners else fit[0]
 
     def _fit(self, candidates: Sequence[Impl[P, R]], args: Any, kwargs: Any) -> list[Impl[P, R]]:
         """The implementations that can serve these arguments, best rank first."""
@@ -254,7 +259,8 @@ class Op(Generic[P, R]):
         candidates, winners = selection().candidates(self)
         if winners:
             fit = self._fit(candidates, args, kwargs)
-            if len({w.impl for w in winners} & {i.name for i in fit}) > 1:
+            able = {impl.name for impl in fit}
+            if len({store.nearest([w], {}, able) for w in winners} - {None}) > 1:
                 return self._by_range(fit, winners)
         return first.fn
 
@@ -267,7 +273,7 @@ class Op(Generic[P, R]):
             at = range_of(*args, **kwargs)
             fn = by_range.get(at)
             if fn is None:
-                fn = by_range[at] = _nearest(fit, winners, self.sizes(*args, **kwargs)).fn
+                fn = by_range[at] = _nearest(fit, winners, self.described(*args, **kwargs)).fn
             return fn(*args, **kwargs)
 
         return ranged
@@ -311,12 +317,13 @@ def composite(**facts: Any) -> Callable[[Callable[P, R]], Composite[P, R]]:
 
 
 def _nearest(
-    fit: Sequence[Impl[P, R]], winners: Sequence[Winner], sizes: Mapping[str, int]
+    fit: Sequence[Impl[P, R]], winners: Sequence[Winner], call: Described
 ) -> Impl[P, R]:
-    """The fitting implementation that won nearest to these sizes; without one, the best by rank."""
+    """The fitting implementation that was fastest nearest to this call; without one, the best by
+    rank."""
     by_name = {impl.name: impl for impl in fit}
-    able = [w for w in winners if w.impl in by_name]
-    return by_name[store.nearest(able, sizes)] if able else fit[0]
+    name = store.nearest(winners, call, by_name)
+    return fit[0] if name is None else by_name[name]
 
 
 def _axes(reference: Callable[..., Any], variable: Mapping[str, str]) -> list[str]:

@@ -90,8 +90,8 @@ class Selection:
         winners: tuple[Winner, ...] = ()
         if op.name not in self.named and self.target.backend != REFERENCE.backend:
             names = {impl.name for impl in fit}
-            tuned = store.winners(op.name, op.version, op.variable, self.target)
-            winners = tuple(w for w in tuned if w.impl in names)
+            tuned = store.winners(op.name, op.version, self.target)
+            winners = tuple(w for w in tuned if not names.isdisjoint(w.us))
         return self._known.setdefault(op.name, (tuple(fit), winners))
 
     def _scope(self, impl: Impl[P, R]) -> Impl[P, R]:

@@ -372,12 +372,13 @@ def tuned(op: Op[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("DSA_HAL_CACHE", str(tmp_path))
     register(op, "short", rank=1)
     register(op, "long", rank=2)
-    rows = [{"n": 8, "impl": "short"}, {"n": 4096, "impl": "long"}]
+    rows = [
+        {"call": {"x": "float32[8]"}, "us": {"short": 1.0, "long": 2.0}},
+        {"call": {"x": "float32[4096]"}, "us": {"short": 9.0, "long": 8.0}},
+    ]
     here = selection().target
     path = store.user_file(here)
-    store.write(
-        path, here, str(torch.__version__), {"toy_double": {"contract": 3, "winners": rows}}
-    )
+    store.write(path, here, {"toy_double": {"contract": 3, "winners": rows}})
     return path
 
 
@@ -394,7 +395,7 @@ def test_tuning_decides_by_range(op: Op[..., Any], tuned: Path) -> None:
 
 
 def test_one_winner_everywhere_binds_to_the_bare_function(op: Op[..., Any], tuned: Path) -> None:
-    tuned.write_text(tuned.read_text().replace("impl: short", "impl: long"))
+    tuned.write_text(tuned.read_text().replace("short: 1.0", "short: 3.0"))
     store._tables.cache_clear()
     with fresh():
         assert op.bind(torch.ones(10)) is op.select(torch.ones(10)).fn
@@ -405,7 +406,7 @@ def test_one_winner_everywhere_binds_to_the_bare_function(op: Op[..., Any], tune
     [
         (lambda text: text[: len(text) // 2] + "\n\t{", "is no tuning table"),
         (lambda text: "just words", "no stamp or ops"),
-        (lambda text: text.replace("n: 8", "m: 8"), "expected impl and whole numbers for n"),
+        (lambda text: text.replace("short: 1.0", "short: fast"), "expected call .* and us"),
     ],
 )
 def test_a_corrupt_table_is_an_error_that_names_the_file(

@@ -29,6 +29,7 @@ COMMANDS = {
     "explain": "why an op is served by what serves it",
     "test": "judge implementations against the references on this device",
     "bench": "time implementations side by side, each checked first",
+    "tune": "measure what is fastest on this device, and keep it for later calls",
     "report": "what the sparse attention costs in quality, as tables and a picture",
 }
 

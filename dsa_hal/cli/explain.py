@@ -91,8 +91,9 @@ def _record(
 def _tuned(op: Op[..., Any], verdict: Verdict) -> str:
     """What measurements on this target say of an implementation."""
     _, winners = selection().candidates(op)
-    won = sum(winner.impl == verdict.impl.name for winner in winners)
-    return f"fastest at {won} of {len(winners)} sizes" if winners else "not measured"
+    timed = [winner for winner in winners if verdict.impl.name in winner.us]
+    won = sum(winner.impl == verdict.impl.name for winner in timed)
+    return f"fastest in {won} of {len(timed)} measured calls" if timed else "not measured"
 
 
 def _print(op: Op[..., Any], case: Case | None, verdicts: list[Verdict], serves: str) -> None:
