@@ -83,6 +83,15 @@ DETERMINISTIC = Variable(
     "1 refuses every implementation that does not promise bitwise equal repeats.",
     _flag,
 )
+CHECK = Variable(
+    "DSA_HAL_CHECK",
+    "flag",
+    "0",
+    "1 looks at the indices, counts and ranges of every call first, and refuses those that point"
+    " outside. It waits for the device, so it is for finding faults, not for serving; graphs cannot"
+    " be captured under it.",
+    _flag,
+)
 LOG = Variable(
     "DSA_HAL_LOG",
     "off | ops",
@@ -98,7 +107,7 @@ CACHE = Variable(
     lambda text: Path(text).expanduser(),
 )
 
-VARIABLES: tuple[Variable[Any], ...] = (BACKEND, IMPL, DETERMINISTIC, LOG, CACHE)
+VARIABLES: tuple[Variable[Any], ...] = (BACKEND, IMPL, DETERMINISTIC, CHECK, LOG, CACHE)
 
 
 def table() -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache, cached_property
 from typing import Any, Generic, ParamSpec, TypeVar
 
+from dsa_hal import data
 from dsa_hal.autotune import store
 from dsa_hal.autotune.store import Winner
 from dsa_hal.case import Case, Cost, Inputs
@@ -249,7 +250,16 @@ class Op(Generic[P, R]):
             impl: Impl[P, R] = selection().answers[self.name][self._facts(*args, **kwargs)]
         except KeyError:
             impl = self.select(*args, **kwargs)
-        return impl.fn(*args, **kwargs)
+        try:
+            return impl.fn(*args, **kwargs)
+        except (
+            Exception
+        ) as error:  # what a launcher says of a pointer to the wrong memory is no help
+            bound = inspect.signature(inspect.unwrap(self.reference)).bind(*args, **kwargs)
+            wrong = data.misplaced(bound.arguments, _device(selection().target))
+            if wrong is None:
+                raise
+            raise BadInput(f"{self.name}: {wrong}") from error
 
     def bind(self, *args: P.args, **kwargs: P.kwargs) -> Callable[P, R]:
         """The function that serves arguments like these: `select` once, then call it directly.
@@ -316,9 +326,12 @@ def composite(**facts: Any) -> Callable[[Callable[P, R]], Composite[P, R]]:
 # -- small print -------------------------------------------------------------------------------
 
 
-def _nearest(
-    fit: Sequence[Impl[P, R]], winners: Sequence[Winner], call: Described
-) -> Impl[P, R]:
+def _device(target: Target) -> str | None:
+    """Where a target's tensors lie; the reference computes anywhere."""
+    return None if target.backend == REFERENCE.backend else target.device
+
+
+def _nearest(fit: Sequence[Impl[P, R]], winners: Sequence[Winner], call: Described) -> Impl[P, R]:
     """The fitting implementation that was fastest nearest to this call; without one, the best by
     rank."""
     by_name = {impl.name: impl for impl in fit}

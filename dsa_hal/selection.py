@@ -16,7 +16,7 @@ from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from dsa_hal import env, log
+from dsa_hal import data, env, log
 from dsa_hal.autotune import store
 from dsa_hal.autotune.store import Winner
 from dsa_hal.errors import ConfigError, DsaHalError
@@ -60,7 +60,8 @@ class Unsupported(DsaHalError):
 
 @dataclass(frozen=True)
 class Selection:
-    """What is chosen from: a target, implementations named per op, and a wish for determinism.
+    """What is chosen from: a target, implementations named per op, and wishes: for determinism, for
+    a line per call, for a look at each call's data.
 
     answers  what was chosen: op -> facts of a call -> implementation; `Op.select` fills it
     """
@@ -69,6 +70,7 @@ class Selection:
     named: Mapping[str, str] = field(default_factory=dict)
     deterministic: bool = False
     logging: bool = False
+    checked: bool = False
     _known: dict[str, tuple[tuple[Any, ...], tuple[Winner, ...]]] = field(
         default_factory=dict, compare=False
     )
@@ -85,6 +87,8 @@ class Selection:
             pass
         fit: list[Any] = [v.impl for v in self._static(op) if v.question == "ok"]
         fit = [self._scope(i) if i.name == COMPOSITE else i for i in fit]
+        if self.checked:
+            fit = [replace(i, fn=data.looked_at(op.name, op.reference, i.fn)) for i in fit]
         if self.logging:
             fit = [replace(i, fn=log.logged(f"{op.name} {i.label}", i.fn)) for i in fit]
         winners: tuple[Winner, ...] = ()
@@ -184,21 +188,23 @@ def _wishes() -> Selection:
     logging = env.LOG.read() == "ops"
     if logging:
         log.enable()
-    return Selection(REFERENCE, named, env.DETERMINISTIC.read(), logging)
+    return Selection(REFERENCE, named, env.DETERMINISTIC.read(), logging, env.CHECK.read())
 
 
 @cache
 def _from_environment() -> Selection:
-    wishes = _wishes()
-    return Selection(detect(env.BACKEND.read()), wishes.named, wishes.deterministic, wishes.logging)
+    w = _wishes()
+    return Selection(detect(env.BACKEND.read()), w.named, w.deterministic, w.logging, w.checked)
 
 
 @contextmanager
 def use(
-    *, backend: str | None = None, deterministic: bool | None = None, **named: str
-) -> Iterator[Selection]:
+    *, backend: str | None = None, deterministic: bool | None = None, checked: bool | None = None,
+    **named: str,
+) -> Iterator[Selection]:  # fmt: skip
     """Choose within a `with` block (and this thread or task): a backend ("reference" is one too),
-    determinism, and implementations by op name, as in `use(sparse_mla="torch")`.
+    determinism, a look at each call's data (`dsa_hal.data`), and implementations by op name, as in
+    `use(sparse_mla="torch")`.
 
     Explicit choices are strict: what is named runs or raises. Blocks nest; the inner one wins.
     """
@@ -210,7 +216,8 @@ def use(
         target = REFERENCE if backend == REFERENCE.backend else detect(backend)
         outer = replace(_scoped.get() or _wishes(), target=target)
     wish = outer.deterministic if deterministic is None else deterministic
-    inner = Selection(outer.target, named, wish, outer.logging)
+    look = outer.checked if checked is None else checked
+    inner = Selection(outer.target, named, wish, outer.logging, look)
     token = _scoped.set(inner)
     try:
         yield inner
