@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from dsa_hal.case import Case, run
-from dsa_hal.matrix import Row, cost_of, judge, rows
+from dsa_hal.case import Case, run, tree_map
+from dsa_hal.errors import DsaHalError
+from dsa_hal.matrix import DEFAULT_RUN, Row, cost_of, judge, rows, wanted
 from dsa_hal.registry import Op
 from dsa_hal.selection import OPS, selection, use
 
@@ -51,6 +52,39 @@ def test_torch_face(op: Op[..., Any]) -> None:
     owned = {t.untyped_storage().data_ptr() for t in given if isinstance(t, torch.Tensor)}
     for result in run(face, inputs, ()):
         assert result.numel() == 0 or result.untyped_storage().data_ptr() not in owned
+
+
+def with_gaps(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Views whose last axis is not dense, but for caches, whose memory layout is the point."""
+
+    def comb(_: str, t: torch.Tensor) -> torch.Tensor:
+        if t.dim() == 0 or t.shape[-1] < 2:
+            return t.clone()
+        teeth = t.new_zeros((*t.shape[:-1], 2 * t.shape[-1]))[..., ::2]
+        return teeth.copy_(t)
+
+    caches = ("pages", "kv") if inputs.get("layout") else ("pages",)
+    kept = {name: inputs[name].clone() for name in caches if name in inputs}
+    return {**tree_map(comb, inputs), **kept}
+
+
+@pytest.mark.parametrize("op", list(OPS.values()), ids=str)
+def test_gaps_in_the_last_axis_are_served_or_refused(op: Op[..., Any]) -> None:
+    """No predicate sees strides: an implementation copies, or says in a sentence that it needs a
+    dense axis, and never reads the wrong numbers."""
+    affordable = [c for c in op.cases if DEFAULT_RUN.admits(cost_of(op, c))]
+    inputs = inputs_of(op, affordable[len(affordable) // 2])
+    want = wanted(op, inputs)
+    for impl in selection().candidates(op)[0]:
+        if impl.why_not(**inputs) is not None:
+            continue
+        try:
+            got = run(impl.fn, with_gaps(inputs), op.mutates)
+        except DsaHalError as error:
+            assert "stride" in str(error) or "dense" in str(error), error
+        else:
+            report = op.check(got, want, inputs)
+            assert report.ok, f"{impl.name}: {report}"
 
 
 @pytest.mark.parametrize("op", list(OPS.values()), ids=str)
