@@ -109,8 +109,8 @@ def compare(
     return op.check(run(impl.fn, copied(inputs), op.mutates), want, inputs)
 
 
-def judge(row: Row) -> Outcome:
-    """One row under every twist: inputs between fences, the same bytes on a repeat (if promised),
+def judge(row: Row, repeats: int = 1) -> Outcome:
+    """One row under every twist: inputs between fences, the same bytes on repeats (if promised),
     strided inputs, and NaN both in all that must not be read and in fresh memory.
 
     An exception inside an implementation is the caller's to see.
@@ -120,23 +120,23 @@ def judge(row: Row) -> Outcome:
     if (reason := impl.why_not(**inputs)) is not None:
         return Outcome("refused", reason)
     want = wanted(op, inputs)
-    for twist, problem in _problems(op, impl, inputs, want):
+    for twist, problem in _problems(op, impl, inputs, want, repeats):
         if problem:
             return Outcome("failed", f"{twist}: {problem}")
     return Outcome("ok")
 
 
-def attempt(row: Row) -> Outcome:
+def attempt(row: Row, repeats: int = 1) -> Outcome:
     """`judge`, but what the implementation raises is a failed outcome: other rows follow."""
     try:
-        return judge(row)
+        return judge(row, repeats)
     except Exception as error:
         raised = f"raised {type(error).__name__}: {error}"
         return Outcome("failed", raised, traceback.format_exc())
 
 
 def _problems(
-    op: Op[..., Any], impl: Impl[..., Any], inputs: Inputs, want: Sequence[Tensor]
+    op: Op[..., Any], impl: Impl[..., Any], inputs: Inputs, want: Sequence[Tensor], repeats: int
 ) -> Iterator[tuple[str, str]]:
     """(twist, what is wrong or ""), one twist after another."""
 
@@ -148,10 +148,10 @@ def _problems(
     first = run(impl.fn, fenced.inputs, op.mutates)
     yield "plain", against(first)
     yield "fenced", "; ".join(fenced.broken())
-    if DETERMINISTIC in impl.promises:
+    for repeat in range(repeats if DETERMINISTIC in impl.promises else 0):
         again = run(impl.fn, copied(inputs), op.mutates)
         same = all(torch.equal(_bytes(a), _bytes(b)) for a, b in zip(first, again, strict=True))
-        yield "repeat", "" if same else "a second call gave other bytes"
+        yield "repeat", "" if same else f"call {repeat + 2} gave other bytes"
     yield "strided", against(run(impl.fn, _strided(inputs), op.mutates))
     unread = op.unread(**inputs) if op.unread is not None else {}
     with dirty_memory():
@@ -167,4 +167,5 @@ def _strided(inputs: Inputs) -> Inputs:
 
 
 def _bytes(t: Tensor) -> Tensor:
-    return t.contiguous().view(torch.uint8) if t.numel() else t.new_empty(0, dtype=torch.uint8)
+    flat = t.flatten()  # an axis of size 1 may have any stride, which a view as bytes minds
+    return flat.view(torch.uint8) if t.numel() else t.new_empty(0, dtype=torch.uint8)

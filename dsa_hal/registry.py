@@ -44,7 +44,8 @@ class Impl(Generic[P, R]):
     """One implementation of one op, and what it states about itself.
 
     arch      architectures it runs on; empty = all of its backend
-    needs     packages that must be importable, as requirement strings ("flash-mla>=1.0")
+    needs     packages that must be importable, as requirement strings ("triton>=3.6"), several in
+              one string if either will do ("flash-mla>=1.0 | sgl-flash-mla>=1.0")
     rank      the higher is asked first; never a statement about ability
     promises  "deterministic", "ties=lower", "lse=natural": what a request may insist on
     why_not   reads shapes, dtypes and plain arguments; None = it can run, else the sentence why not

@@ -252,6 +252,12 @@ def _broken(wanted: frozenset[str], impl: Impl[..., Any]) -> str:
 
 @cache
 def _missing(need: str) -> str | None:
+    """Why a need is not met; it may name alternatives, "a>=1 | b>=2", of which one is enough."""
+    absent = [_absent(alternative.strip()) for alternative in need.split("|")]
+    return None if None in absent else "; ".join(filter(None, absent))
+
+
+def _absent(need: str) -> str | None:
     from packaging.requirements import Requirement  # here, as most processes never ask
 
     requirement = Requirement(need)

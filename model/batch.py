@@ -180,27 +180,39 @@ def decode_step(
     config: ModelConfig, cache: KVCache, contexts: Sequence[Context], tokens: Tensor
 ) -> Decode:
     """The step that appends `tokens` [requests, per_request] int64; reserves their pages."""
-    requests, count = tokens.shape
+    count = tokens.shape[1]
     for context in contexts:
         cache.reserve(context, context.length + count)
     lengths = torch.tensor([context.length for context in contexts], dtype=torch.int32)
-    positions = (lengths[:, None] + torch.arange(count, dtype=torch.int32)).to(cache.device)
-    table = cache.block_table(contexts)
-    longest = max(context.length for context in contexts) + count
+    return decode_batch(
+        config, tokens.to(cache.device), lengths.to(cache.device), cache.block_table(contexts),
+        longest=max(context.length for context in contexts) + count, page_size=cache.page_size,
+    )  # fmt: skip
+
+
+def decode_batch(
+    config: ModelConfig, tokens: Tensor, lengths: Tensor, table: Tensor, *, longest: int,
+    page_size: int,
+) -> Decode:  # fmt: skip
+    """The step that appends `tokens` [requests, per_request] int64 to contexts of `lengths`
+    [requests] int32 with the pages `table` [requests, pages] int32, all on one device and read by
+    it alone. No context is longer than `longest` afterwards."""
+    requests, count = tokens.shape
+    offsets = torch.arange(count, dtype=torch.int32, device=tokens.device)
+    positions = lengths[:, None] + offsets
 
     def slots(at: Tensor) -> Tensor:  # at [requests, any], positions
-        page = table.gather(1, (at // cache.page_size).long())
-        return page * cache.page_size + at % cache.page_size
+        return table.gather(1, (at // page_size).long()) * page_size + at % page_size
 
     everything = None
     if longest <= config.index_topk:
-        at = torch.arange(longest, dtype=torch.int32, device=cache.device)
+        at = torch.arange(longest, dtype=torch.int32, device=tokens.device)
         all_slots = slots(at.expand(requests, longest))[:, None]
         unseen = at > positions[..., None]
         everything = all_slots.expand(requests, count, longest).masked_fill(unseen, -1)
         everything = everything.reshape(requests * count, longest)
     return Decode(
-        tokens=tokens.to(cache.device).flatten(),
+        tokens=tokens.flatten(),
         positions=positions.flatten(),
         slots=slots(positions).flatten(),
         context_lens=positions + 1,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dsa_hal.errors import BadInput
 from dsa_hal.model.cache import Context, KVCache
+from dsa_hal.model.decoder import Decoder
 from dsa_hal.model.transformer import PREFILL_CHUNK, Transformer
 
 
@@ -98,40 +99,36 @@ def generate(
     live: dict[int, int] = {}
     seen = [set(prompt.tolist()) for prompt in checked]
 
-    def take(row: int, logits: Tensor) -> None:
-        """Choose row's next token; `live` keeps the rows that go on."""
-        token = choose(row, logits, seen[row])
-        seen[row].add(token)
-        live.pop(row, None)
-        if token not in stops:
-            out[row].append(token)
-            if memory is not None:
-                memory.tokens.append(token)
-            if on_token is not None:
-                on_token(row, token)
-            if len(checked[row]) + len(out[row]) < room[row]:
-                live[row] = token
+    def take(rows: Sequence[int], logits: Tensor) -> None:
+        """Choose the next token of each row; `live` keeps the rows that go on."""
+        for row, token in zip(rows, choose.each(rows, logits, seen), strict=True):
+            seen[row].add(token)
+            live.pop(row, None)
+            if token not in stops:
+                out[row].append(token)
+                if memory is not None:
+                    memory.tokens.append(token)
+                if on_token is not None:
+                    on_token(row, token)
+                if len(checked[row]) + len(out[row]) < room[row]:
+                    live[row] = token
 
     stored, total = sum(context.length for context in contexts), sum(map(len, checked))
     for step, logits in model.prefill(cache, contexts, checked, chunk=prefill_chunk):
-        ended = [piece.request for piece in step if piece.last]
-        for row, row_logits in zip(ended, logits, strict=True):
-            take(row, row_logits)
+        take([piece.request for piece in step if piece.last], logits)
         stored += sum(piece.stop - piece.start for piece in step)
         if progress is not None:
             progress(stored, total)
+    decode = Decoder(model, cache, contexts, room)
     while live:
-        rows = sorted(live)
-        tokens = torch.tensor([[live[row]] for row in rows])
-        logits = model.decode(cache, [contexts[row] for row in rows], tokens)
-        for row, row_logits in zip(rows, logits[:, -1], strict=True):
-            take(row, row_logits)
+        fed = dict(sorted(live.items()))
+        take(list(fed), decode(fed))
     return out
 
 
 class Sampler:
-    """Picks one token from logits [vocab], knowing which were there before; the same seed picks
-    the same tokens, whatever else runs.
+    """Picks tokens from logits, knowing which were there before; the same seed picks the same
+    tokens, whatever else runs.
 
     Draws come from generators of its own on the CPU, one per row, never from torch's global one.
     """
@@ -153,9 +150,18 @@ class Sampler:
         self._penalty = repetition_penalty
         self._generators: dict[int, torch.Generator] = {}
 
+    def each(self, rows: Sequence[int], logits: Tensor, seen: Sequence[Set[int]]) -> list[int]:
+        """A token for each of `rows` from its logits [len(rows), vocab]; seen[row] are the row's
+        tokens so far. The device is waited for once, however many rows there are."""
+        if self._temperature == 0 and self._penalty == 1:
+            return [int(token) for token in logits.argmax(-1).tolist()]
+        here = logits.float().cpu()
+        return [self(row, own, seen[row]) for row, own in zip(rows, here, strict=True)]
+
     def __call__(self, row: int, logits: Tensor, so_far: Set[int]) -> int:
+        """A token from logits [vocab], which lie on the CPU."""
         if self._penalty != 1:
-            seen = torch.tensor(list(so_far), device=logits.device)
+            seen = torch.tensor(list(so_far))
             held = logits[seen]
             less = torch.where(held > 0, held / self._penalty, held * self._penalty)
             logits = logits.index_copy(0, seen, less)
@@ -164,7 +170,7 @@ class Sampler:
         if row not in self._generators:
             self._generators[row] = torch.Generator().manual_seed((self._seed + row) % (1 << 63))
         # Subtracting the largest logit first keeps a tiny temperature from overflowing to infinity.
-        scaled = (logits.float().cpu() - logits.max().cpu()) / self._temperature
+        scaled = (logits - logits.max()) / self._temperature
         kept, order = torch.softmax(scaled, -1).sort(descending=True, stable=True)
         before = kept.cumsum(-1) - kept
         kept = kept.masked_fill(before >= self._top_p, 0)

@@ -27,15 +27,26 @@ activations stay small beside the caches."""
 
 
 class Block:
-    """One layer: norm, attention, norm, feed-forward."""
+    """One layer: norm, attention, norm, feed-forward. The first norm is the caller's."""
 
     def __init__(self, load: Loader, ops: AttentionOps, layer: int) -> None:
-        at = f"model.layers.{layer}."
+        c, at = load.checkpoint.config, f"model.layers.{layer}."
         self.attention_norm = load.plain(at + "input_layernorm.weight")
         self.attention = Attention(load, ops, layer)
         self.feed_forward_norm = load.plain(at + "post_attention_layernorm.weight")
-        sparse = load.checkpoint.config.is_moe(layer)
-        self.feed_forward = Moe(load, layer) if sparse else mlp(load, layer)
+        self.feed_forward = Moe(load, layer) if c.is_moe(layer) else mlp(load, layer)
+        x, self._eps = meta(2, c.hidden_size, dtype=load.formats.activations), c.rms_norm_eps
+        self._add_norm = load.bind(add_rms_norm, x, x, self.feed_forward_norm, eps=self._eps)
+
+    def __call__(
+        self, x: Tensor, residual: Tensor, step: Prefill | Decode, table: Tensor, latents: Tensor,
+        keys: Tensor,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """x [tokens, hidden] after the first norm and the residual stream before it -> what the
+        feed-forward adds to the stream, and the stream without it. The rest as in `Attention`."""
+        x = self.attention(x, step, table, latents, keys)
+        x, residual = self._add_norm(x, residual, self.feed_forward_norm, eps=self._eps)
+        return self.feed_forward(x), residual
 
 
 class Transformer:
@@ -47,6 +58,7 @@ class Transformer:
     notes        sentences about what the checkpoint holds and this model leaves out
     max_context  tokens a request may have, prompt and continuation together
     form         "mha" or "mqa" overrides the rule that picks a prefill step's form of attention
+    record       generation replays recorded decode steps where the device can record them
     attention_ops  the ops that all layers share; `quality` measures what others in their place do
     """
 
@@ -65,6 +77,7 @@ class Transformer:
         self.device = torch.device(device or current().device)
         self.notes = checkpoint.notes()
         self.form: Form | None = None
+        self.record = True
         bind = Binder()
         load = Loader(checkpoint, self.formats, bind, self.device, progress)
         self.served = bind.served
@@ -178,7 +191,7 @@ class Transformer:
         for step in pieces([len(prompt) for prompt in prompts], starts, chunk):
             batch = prefill_step(self.config, cache, contexts, step, prompts, self.form)
             rows = None if every else _last_rows(step, self.device)
-            logits = self._forward(batch, cache, rows)
+            logits = self.forward(batch, cache, rows)
             for piece in step:
                 contexts[piece.request].length = piece.stop
             yield step, logits
@@ -186,23 +199,22 @@ class Transformer:
     def decode(self, cache: KVCache, contexts: Sequence[Context], tokens: Tensor) -> Tensor:
         """Append `tokens` [requests, per_request] int64 to each context: logits fp32 [requests,
         per_request, vocab]."""
-        logits = self._forward(decode_step(self.config, cache, contexts, tokens), cache, None)
+        logits = self.forward(decode_step(self.config, cache, contexts, tokens), cache)
         for context in contexts:
             context.length += tokens.shape[1]
         return logits.view(*tokens.shape, -1)
 
     @torch.inference_mode()
-    def _forward(self, step: Prefill | Decode, cache: KVCache, rows: Tensor | None) -> Tensor:
-        """One step through all layers; logits of the tokens in `rows`, of all if None."""
+    def forward(self, step: Prefill | Decode, cache: KVCache, rows: Tensor | None = None) -> Tensor:
+        """One step through all layers: logits fp32 [rows, vocab] of the tokens in `rows`, of all if
+        None."""
         eps, table = self.config.rms_norm_eps, self.rope.upto(step.positions_end)
         residual = torch.nn.functional.embedding(step.tokens, self.embedding)
         x = self._first_norm(residual, self.blocks[0].attention_norm, eps=eps)
         for layer, block in enumerate(self.blocks):
             if layer:
                 x, residual = self._add_norm(x, residual, block.attention_norm, eps=eps)
-            x = block.attention(x, step, table, cache.latent[layer], cache.index[layer])
-            x, residual = self._add_norm(x, residual, block.feed_forward_norm, eps=eps)
-            x = block.feed_forward(x)
+            x, residual = block(x, residual, step, table, cache.latent[layer], cache.index[layer])
         if rows is not None:
             x, residual = x[rows], residual[rows]
         x, _ = self._add_norm(x, residual, self.norm, eps=eps)

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from dsa_hal.errors import CheckpointError
 from dsa_hal.model.binding import Binder
-from dsa_hal.model.checkpoint import Checkpoint
-from dsa_hal.model.config import BLOCK
+from dsa_hal.model.config import BLOCK, ModelConfig
 from dsa_hal.model.layers import Linear, Linears
 from dsa_hal.model.precision import Formats
 from dsa_hal.model.schema import expected
@@ -20,6 +20,20 @@ from dsa_hal.ops.quant import dequantize_fp8, quantize_fp8
 
 Progress = Callable[[int, int], None]
 """Called as (tensors read, tensors in all)."""
+
+
+class Source(Protocol):
+    """Where weights come from, under canonical names: `Checkpoint` says what each method gives."""
+
+    path: Path
+    config: ModelConfig
+    weights_dtype: str
+
+    def tensor(self, name: str) -> Tensor: ...
+    def linear(self, name: str) -> tuple[Tensor, Tensor | None]: ...
+    def expert_stack(
+        self, layer: int, part: Literal["gate_up", "down"]
+    ) -> Iterator[tuple[Tensor, Tensor | None]]: ...
 
 
 class Loader:
@@ -31,7 +45,7 @@ class Loader:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
+        checkpoint: Source,
         formats: Formats,
         bind: Binder,
         device: torch.device,

@@ -1,10 +1,88 @@
 """topk on NVIDIA GPUs."""
 
+from dataclasses import dataclass
+from functools import cache
+
+import torch
 from torch import Tensor
 
+from dsa_hal.autotune.space import Space
+from dsa_hal.backends.cuda import _nvrtc
 from dsa_hal.backends.cuda._limits import LIMITS
 from dsa_hal.backends.portable.topk import largest
 from dsa_hal.ops.select import topk
+
+HEADER, ENTRY = 4736, 8
+"""Bytes of shared memory beside a block's list, and of an entry of the list."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """cluster   blocks that share a row
+    threads   of a block
+    per       scores of a thread in a tile
+    resident  blocks on a processor at a time, for which the compiler leaves room
+    """
+
+    cluster: int
+    threads: int = 256
+    per: int = 8
+    resident: int = 4
+
+
+def legal(*, rows: int, n: int, processors: int) -> list[Config]:
+    """Clusters for rows of n scores, the best guess first: as large as keeps every block resident
+    and busy with a tile of its own."""
+    best = 1
+    while best < 8 and 2 * best * rows <= 4 * processors and n >= 2 * best * 4096:
+        best *= 2
+    return [Config(best), *(Config(c) for c in (1, 2, 4, 8) if c != best)]
+
+
+SPACE = Space(name="topk/cuda", kind=Config, legal=legal)
+
+
+def capacity(k: int, tile: int) -> int:
+    """Entries of a block's list: k and a tile at least, and as many as a sample's guess lets in."""
+    return max(6144, k + tile, 2 * k)
+
+
+def run(logits: Tensor, k: int, starts: Tensor | None, ends: Tensor | None, out: Tensor) -> None:
+    """Select into `out` [rows, k] int32, dense."""
+    rows, n = logits.shape
+    if not rows:
+        return
+    if logits.stride(1) != 1 and n > 1:
+        logits = logits.contiguous()  # vectors of 16 bytes are read
+    config = SPACE.pick(
+        rows=min(rows, 1 << 10), n=1 << n.bit_length(), processors=processors(logits.device.index)
+    )
+    name = "topk_fp32" if logits.dtype == torch.float32 else "topk_bf16"
+    bounds = [0 if t is None else t if t.stride(0) == 1 else t.contiguous() for t in (starts, ends)]
+    cap = capacity(k, config.threads * config.per)
+    args = (logits, *bounds, out, logits.stride(0), n, k, cap)
+    grid, cluster = (rows * config.cluster,), (config.cluster,)
+    defines = ("THREADS", config.threads), ("PER", config.per), ("RESIDENT", config.resident)
+    _nvrtc.module("topk.cu", defines).launch(
+        name, grid, (config.threads,), args, shared=HEADER + ENTRY * cap, cluster=cluster
+    )
+
+
+@cache
+def processors(device: int) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@topk.impl("cuda", "cuda", contract=1, arch=("sm90",), needs=_nvrtc.NEEDS, rank=10,
+           promises=("deterministic", "ties=lower"))  # fmt: skip
+def select(
+    logits: Tensor, k: int, starts: Tensor | None = None, ends: Tensor | None = None, *,
+    ties: str = "any",
+) -> Tensor:  # fmt: skip
+    """Columns in ascending order; of equal scores always the lower columns. A row is read once."""
+    out = torch.empty(logits.shape[0], k, dtype=torch.int32, device=logits.device)
+    run(logits, k, starts, ends, out)
+    return out
 
 
 @topk.impl("cuda", "torch", contract=1, promises=("deterministic", "ties=lower"))

@@ -4,17 +4,23 @@ reference: a red case prints no time. Without --case or axes: the op's true shap
   dsa-hal bench topk
   dsa-hal bench topk rows=1,16,256 --impl torch reference
   dsa-hal bench sparse_mla --case decode --format json --output decode.json
+  dsa-hal bench --suite h200 --output record.json --plot record.png
 
 Times are medians over cold caches; spread, the 10th to the 90th percentile, is in percent of the
 median. GB/s and TFLOP/s count what the op must do at least, whatever an implementation does. Roof
 is the percentage of what this device reaches at best, as measured here: of its memory for ops that
 memory bounds, of its arithmetic for the others. Exit code 1 if a case is red.
+
+A suite is a set of measurements with tables of its own; an op named beside it restricts it to that
+op, and --output takes its record, as JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
+import pkgutil
 import shlex
 import subprocess
 import sys
@@ -29,8 +35,8 @@ import torch
 import dsa_hal
 from dsa_hal import env
 from dsa_hal.case import Case, Cost, Inputs
-from dsa_hal.cli import choose, output
-from dsa_hal.errors import BadInput
+from dsa_hal.cli import choose, output, suites
+from dsa_hal.errors import BadInput, ConfigError
 from dsa_hal.matrix import Limit, compare, cost_of, wanted
 from dsa_hal.measure import measure, percent_of_roof, roofs
 from dsa_hal.registry import Impl, Op
@@ -61,7 +67,7 @@ class Result:
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("op", metavar="OP")
+    parser.add_argument("op", metavar="OP", nargs="?")
     parser.add_argument("axes", nargs="*", metavar="AXIS=VALUE",
                         help="changes to the case; AXIS=1,16,256 makes one of each")  # fmt: skip
     parser.add_argument("--case", nargs="+", action="extend", metavar="NAME", default=[],
@@ -79,9 +85,25 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--format", choices=output.FORMATS, default="table")
     parser.add_argument("--output", type=Path, metavar="FILE",
                         help="write there, whole or not at all, instead of to stdout")  # fmt: skip
+    parser.add_argument("--suite", metavar="NAME", help=f"one of {', '.join(_suites())}")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="the suite's picture, as PNG")
+
+
+def _suites() -> list[str]:
+    return [m.name for m in pkgutil.iter_modules(suites.__path__) if not m.name.startswith("_")]
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.suite is not None:
+        if args.suite not in _suites():
+            raise choose.unknown("suite", args.suite, _suites())
+        suite = importlib.import_module(f"dsa_hal.cli.suites.{args.suite}")
+        code: int = suite.run(args)
+        return code
+    if args.op is None:
+        raise ConfigError("bench needs an op or --suite; `dsa-hal support` lists the ops")
+    if args.plot is not None:
+        raise ConfigError("--plot draws a suite; name one with --suite")
     args.case, swallowed = choose.axes_apart(args.case)
     args.impl, more = choose.axes_apart(args.impl)
     args.axes += swallowed + more
@@ -191,7 +213,7 @@ def _report(
         "device": f"{selection().target} {selection().target.name}".strip(),
         "torch": torch.__version__,
         "dsa_hal": dsa_hal.__version__,
-        "commit": _commit(),
+        "commit": commit(),
         "threads": torch.get_num_threads(),
         "command": _command(args),
     }
@@ -252,7 +274,7 @@ def _command(args: argparse.Namespace) -> str:
     return " ".join([*before, shlex.join(map(str, words))])
 
 
-def _commit() -> str | None:
+def commit() -> str | None:
     """The commit of the checkout that this package runs from, "+" behind it if files differ;
     None for an installed copy, or without git."""
     home = Path(dsa_hal.__file__).parents[1]

@@ -1,14 +1,19 @@
 """Judge implementations against the references on this device: op x implementation x case x twist.
 
-Twists: fences around every tensor, a bitwise repeat, strided inputs, NaN in all that must not be
-read and in fresh memory. Exit code 1 if a row fails.
+Twists: fences around every tensor, bitwise repeats, strided inputs, NaN in all that must not be
+read and in fresh memory. Exit code 1 if a row fails. With --jobs every implementation of an op has
+a process of its own, so that one which takes its process down, or hangs, fails alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
+import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from dsa_hal.case import Case
@@ -27,6 +32,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-gflop", type=choose.real(0), metavar="X",
                         help=f"leave out costlier cases; default {DEFAULT_RUN.flop / 1e9:g}, and"
                         f" {DEFAULT_RUN.bytes / 1e6:g} MB")  # fmt: skip
+    parser.add_argument("--repeats", type=choose.whole(1), default=1, metavar="N",
+                        help="calls that must agree to the bit where that is promised, beside the"
+                        " first; default 1")  # fmt: skip
+    parser.add_argument("--jobs", type=choose.whole(1), metavar="N",
+                        help="judge in N processes at a time")  # fmt: skip
+    parser.add_argument("--patience", type=choose.real(0, above=True), default=600,
+                        metavar="SECONDS",
+                        help="what a process of --jobs may take; default 600")  # fmt: skip
     parser.add_argument("--backend", metavar="NAME", help="instead of DSA_HAL_BACKEND's")
     parser.add_argument("--format", choices=output.FORMATS, default="table")
 
@@ -43,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         if not chosen:
             raise BadInput(f"nothing to judge on {current()}: no implementation has such a case")
         began = time.monotonic()
-        judged = _judge_all(chosen)
+        judged = _judge_all(chosen, args.repeats) if args.jobs is None else _apart(chosen, args)
         _report(judged, args.format)
         counts = Counter(outcome.status for _, outcome in judged)
         words = ", ".join(f"{counts[status]} {status}" for status in ("ok", "refused", "failed"))
@@ -73,17 +86,63 @@ def _chosen(ops: list[Op[..., Any]], impl: str | None, limit: Limit, cases: list
     return mine
 
 
-def _judge_all(chosen: list[Row]) -> list[tuple[Row, Outcome]]:
+def _judge_all(chosen: list[Row], repeats: int) -> list[tuple[Row, Outcome]]:
     """Judge row by row; the traceback of what an implementation raises goes to stderr."""
     judged = []
     with output.progress("judging") as step:
         for at, row in enumerate(chosen):
-            outcome = attempt(row)
+            outcome = attempt(row, repeats)
             if outcome.trace:
                 output.note(f"{row.id}:\n{outcome.trace}")
             judged.append((row, outcome))
             step(at + 1, len(chosen))
     return judged
+
+
+def _apart(chosen: list[Row], args: argparse.Namespace) -> list[tuple[Row, Outcome]]:
+    """Judge each implementation of each op in a process of its own, some at a time."""
+    groups: dict[tuple[str, str], list[Row]] = {}
+    for row in chosen:
+        groups.setdefault((row.op.name, row.impl.name), []).append(row)
+    backend = current().backend
+    judged: list[tuple[Row, Outcome]] = []
+    with output.progress("judging") as step, ThreadPoolExecutor(args.jobs) as pool:
+        tasks = [pool.submit(_in_a_process, rows, backend, args) for rows in groups.values()]
+        for task in tasks:
+            judged += task.result()
+            step(len(judged), len(chosen))
+    return judged
+
+
+def _in_a_process(
+    rows: list[Row], backend: str, args: argparse.Namespace
+) -> list[tuple[Row, Outcome]]:
+    """Rows of one implementation, judged by another `dsa-hal test`."""
+    first = rows[0]
+    command = [
+        sys.executable, "-m", "dsa_hal", "test", first.op.name, "--impl", first.impl.name,
+        "--backend", backend, "--format", "json", "--repeats", str(args.repeats),
+        "--case", *(row.case.name for row in rows),
+    ]  # fmt: skip
+    try:
+        asked = subprocess.run(
+            command, capture_output=True, text=True, timeout=args.patience, check=False
+        )
+    except subprocess.TimeoutExpired:
+        late = Outcome("failed", f"its process was not done after {args.patience:g} s")
+        return [(row, late) for row in rows]
+    if asked.returncode not in (0, 1) or not asked.stdout.startswith("["):
+        output.note(f"{first.op.name} {first.impl.label}:\n{asked.stderr}")
+        died = Outcome("failed", f"its process ended with exit code {asked.returncode}")
+        return [(row, died) for row in rows]
+    if asked.returncode:
+        output.note(asked.stderr)
+    found = {record["case"]: record for record in json.loads(asked.stdout)}
+    told = [found[row.case.name] for row in rows]
+    return [
+        (row, Outcome(record["status"], record["detail"]))
+        for row, record in zip(rows, told, strict=True)
+    ]
 
 
 def _report(judged: list[tuple[Row, Outcome]], form: str) -> None:

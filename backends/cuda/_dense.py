@@ -1,0 +1,77 @@
+"""What dense_mla and mha_prefill share on NVIDIA GPUs: how their Triton kernels are launched."""
+
+import torch
+from torch import Tensor
+
+PROCESSORS = 132
+"""Multiprocessors of the H200, which programs are split to fill."""
+
+
+def why_not(dtype: torch.dtype, dim: int, dim_v: int) -> str | None:
+    """What the kernels cannot do, or None."""
+    if dim > 1024 or dim_v > 512:
+        return f"keys have {dim} columns and values {dim_v}; it takes up to 1024 and 512"
+    return None
+
+
+def attended(
+    q: Tensor, k: Tensor, v: Tensor, ks: Tensor, ke: Tensor, indices: Tensor | None, *,
+    softmax_scale: float, shared: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """out [tokens, heads, dim_v] and lse [tokens, heads] of q [tokens, heads, dim] on keys
+    k [context, kv_heads, dim] and values v [context, kv_heads, dim_v]. `shared`: v is the first
+    columns of k."""
+    from dsa_hal.backends.portable._kernels import dense_attention as kernels
+
+    (tokens, heads, dim), (context, kv_heads, dim_v) = q.shape, v.shape
+    out = torch.empty(tokens, heads, dim_v, dtype=q.dtype, device=q.device)
+    lse = torch.empty(tokens, heads, device=q.device)
+    if tokens == 0:
+        return out, lse
+    words = anyone = ks  # not read without indices
+    if indices is not None:
+        words = torch.zeros(tokens + 1, -(-context // 32), dtype=torch.int32, device=q.device)
+        words, anyone = words[:-1], words[-1]
+        count = indices.shape[1]
+        kernels.mark[(-(-count // 1024), tokens)](
+            indices, ks, ke, words, anyone, indices.stride(0), words.stride(0), count, BLOCK=1024
+        )
+    main = 1 << (dim.bit_length() - 1)
+    wide = power_of_two(dim_v)
+    if shared:
+        main = wide
+    rest = power_of_two(dim - main) if dim > main else 16
+    single = q.dtype == torch.float32
+    rows, keys, warps, stages = 128, 64, 8, 2
+    if single:
+        rows, keys, warps, stages = 16, 16, 8, 1
+    elif dim_v > 256 or dim > 256:
+        rows, keys, warps, stages = 64, 32, 8, 2
+    total = tokens * (heads // kv_heads)
+    rows = min(rows, max(16, power_of_two(total)))
+    if rows < 64 and not single:
+        warps = 4
+    blocks = -(-total // rows)
+    splits = max(1, min(-(-context // 256), 2 * PROCESSORS // max(1, blocks * kv_heads), 64))
+    part, part_lse = out, lse
+    if splits > 1:
+        part = torch.empty(splits, tokens, heads, dim_v, device=q.device)
+        part_lse = torch.empty(splits, tokens, heads, device=q.device)
+    kernels.attend[(blocks, kv_heads, splits)](
+        q, k, v, ks, ke, words, anyone, part, part_lse,
+        q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
+        words.stride(0), tokens, heads, kv_heads, splits, softmax_scale,
+        WIDTH=dim, VALUES=dim_v, WIDTH_BLOCK=main, REST_BLOCK=rest, VALUE_BLOCK=wide,
+        SHARED=shared, MASKED=indices is not None, PARTIAL=splits > 1, PLAIN=single,
+        ROWS_BLOCK=rows, KEYS_BLOCK=keys, num_warps=warps, num_stages=stages,
+    )  # fmt: skip
+    if splits > 1:
+        kernels.merge[(tokens * heads,)](
+            part, part_lse, out, lse, tokens * heads, splits, VALUES=dim_v, BLOCK=wide
+        )
+    return out, lse
+
+
+def power_of_two(columns: int) -> int:
+    """The least width of a tile, a power of two, that holds so many columns."""
+    return max(16, 1 << (columns - 1).bit_length())

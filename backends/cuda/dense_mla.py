@@ -1,0 +1,25 @@
+"""dense_mla on NVIDIA GPUs."""
+
+from torch import Tensor
+
+from dsa_hal.backends.cuda._dense import attended, why_not
+from dsa_hal.ops.dense import dense_mla
+
+
+def _why_not(
+    q: Tensor, kv: Tensor, ks: Tensor, ke: Tensor, *, softmax_scale: float, dim_v: int = 512
+) -> str | None:
+    return why_not(q.dtype, q.shape[2], dim_v)
+
+
+@dense_mla.impl(
+    "cuda", "triton", contract=1, arch=("sm90",), needs=("triton>=3.6",),
+    promises=("deterministic", "lse=natural"), why_not=_why_not,
+)  # fmt: skip
+def dense(
+    q: Tensor, kv: Tensor, ks: Tensor, ke: Tensor, *, softmax_scale: float, dim_v: int = 512
+) -> tuple[Tensor, Tensor]:
+    """All heads share the keys; keys are split among programs where rows are few."""
+    return attended(
+        q, kv[:, None], kv[:, None, :dim_v], ks, ke, None, softmax_scale=softmax_scale, shared=True
+    )

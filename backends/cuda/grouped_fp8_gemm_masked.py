@@ -1,0 +1,35 @@
+"""grouped_fp8_gemm_masked on NVIDIA GPUs."""
+
+import torch
+from torch import Tensor
+
+from dsa_hal.backends.cuda import _gemm, _nvrtc
+from dsa_hal.backends.portable import gemm
+from dsa_hal.ops.gemm import grouped_fp8_gemm_masked
+
+
+@grouped_fp8_gemm_masked.impl("cuda", "triton", contract=1, needs=("triton>=3.6",))
+def tiled(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, masked_m: Tensor, *,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:  # fmt: skip
+    """Any shape and stride, one program per tile; tiles without rows only write zeros."""
+    return gemm.masked_fp8(a, a_scale, b, b_scale, masked_m, out_dtype)
+
+
+def _why_not(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, masked_m: Tensor, *,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> str | None:  # fmt: skip
+    return _gemm.weights_wrong(b)
+
+
+@grouped_fp8_gemm_masked.impl(
+    "cuda", "cuda", contract=1, arch=("sm90",), needs=_nvrtc.NEEDS, rank=1, why_not=_why_not
+)
+def streamed(
+    a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, masked_m: Tensor, *,
+    out_dtype: torch.dtype = torch.bfloat16,
+) -> Tensor:  # fmt: skip
+    """Tiles beyond a group's rows are only filled with zeros."""
+    return _gemm.masked(a, a_scale, b, b_scale, masked_m, out_dtype)

@@ -1,0 +1,34 @@
+"""indexer_qk on NVIDIA GPUs."""
+
+from torch import Tensor
+
+from dsa_hal.ops.fused import indexer_qk
+
+WIDEST = 256
+"""Dimension of the heads up to which a program holds the matrix of signs."""
+
+
+def _why_not(
+    q: Tensor, k: Tensor, weights: Tensor, k_weight: Tensor, k_bias: Tensor, positions: Tensor,
+    cos_sin: Tensor, *, interleaved: bool = False, quantize: bool = True, pow2: bool = True,
+    eps: float = 1e-6,
+) -> str | None:  # fmt: skip
+    dim = k.shape[1]
+    return None if dim <= WIDEST else f"heads have {dim} columns; it takes up to {WIDEST}"
+
+
+@indexer_qk.impl(
+    "cuda", "triton", contract=1, arch=("sm90",), needs=("triton>=3.6",), why_not=_why_not
+)
+def forward(
+    q: Tensor, k: Tensor, weights: Tensor, k_weight: Tensor, k_bias: Tensor, positions: Tensor,
+    cos_sin: Tensor, *, interleaved: bool = False, quantize: bool = True, pow2: bool = True,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """All steps of queries, keys and weights in one launch."""
+    from dsa_hal.backends.portable._kernels.preattention import indexer
+
+    return indexer(
+        q, k, weights, k_weight, k_bias, positions, cos_sin, interleaved=interleaved,
+        quantize=quantize, pow2=pow2, eps=eps,
+    )  # fmt: skip

@@ -1,0 +1,25 @@
+"""permute on NVIDIA GPUs."""
+
+from torch import Tensor
+
+from dsa_hal.ops.moe import permute, permuted_rows
+
+MOST = 4096
+"""Experts whose counts one program holds in registers."""
+
+
+def _why_not(x: Tensor, ids: Tensor, *, experts: int, align: int = 1) -> str | None:
+    return None if experts <= MOST else f"there are {experts} experts; it takes up to {MOST}"
+
+
+@permute.impl(
+    "cuda", "triton", contract=1, arch=("sm90",), needs=("triton>=3.6",), why_not=_why_not
+)
+def permuted(
+    x: Tensor, ids: Tensor, *, experts: int, align: int = 1
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One program per row of the result, or per part of a wide one."""
+    from dsa_hal.backends.portable._kernels import moe
+
+    rows = permuted_rows(ids.numel(), experts, align)
+    return moe.permuted(x, ids, experts=experts, align=align, rows=rows)

@@ -1,0 +1,112 @@
+"""sparse_mla_paged on NVIDIA GPUs."""
+
+import struct
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from dsa_hal.backends.cuda import _nvrtc
+from dsa_hal.backends.portable.sparse_paged import BLOCK, forward, join, splits_of
+from dsa_hal.ops.attention import sparse_mla_paged
+
+PROMISES = ("deterministic", "lse=natural")
+LAYOUT = "latent_fp8/512+64"
+LOG2E = 1.4426950408889634
+
+
+@cache
+def processors(device: int) -> int:
+    """Multiprocessors of a device."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@sparse_mla_paged.impl(
+    "cuda", "triton", contract=1, arch=("sm90",), needs=("triton>=3.6",), promises=PROMISES
+)
+def portable(
+    q: Tensor, pages: Tensor, indices: Tensor, *, layout: str, softmax_scale: float,
+    dim_v: int = 512, attn_sink: Tensor | None = None, topk_length: Tensor | None = None,
+    schedule: Tensor | None = None, num_splits: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Any layout, any dtype, any number of heads. Keys are split by shapes and the number of
+    processors alone, or as the schedule says."""
+    return forward(
+        q, pages, indices, layout=layout, softmax_scale=softmax_scale, dim_v=dim_v,
+        attn_sink=attn_sink, topk_length=topk_length, schedule=schedule, num_splits=num_splits,
+        processors=processors(q.device.index),
+    )  # fmt: skip
+
+
+def _why_not(
+    q: Tensor, pages: Tensor, indices: Tensor, *, layout: str, softmax_scale: float,
+    dim_v: int = 512, attn_sink: Tensor | None = None, topk_length: Tensor | None = None,
+    schedule: Tensor | None = None, num_splits: Tensor | None = None,
+) -> str | None:  # fmt: skip
+    if layout != LAYOUT or dim_v != 512:
+        return f"layout is {layout} and dim_v {dim_v}; it takes {LAYOUT} and 512"
+    if q.dtype != torch.bfloat16:
+        return f"q is {q.dtype}; it takes bfloat16"
+    return None
+
+
+def aligned(t: Tensor, bytes: int = 16) -> bool:
+    """Whether rows of the last axis are dense and start at multiples of `bytes`."""
+    steps = (t.stride(i) * t.element_size() for i in range(t.dim() - 1) if t.shape[i] > 1)
+    return t.stride(-1) == 1 and t.data_ptr() % bytes == 0 and not any(s % bytes for s in steps)
+
+
+@sparse_mla_paged.impl(
+    "cuda", "cuda", contract=1, arch=("sm90",), needs=("triton>=3.6", *_nvrtc.NEEDS), rank=-1,
+    promises=PROMISES, why_not=_why_not,
+)  # fmt: skip
+def hopper(
+    q: Tensor, pages: Tensor, indices: Tensor, *, layout: str, softmax_scale: float,
+    dim_v: int = 512, attn_sink: Tensor | None = None, topk_length: Tensor | None = None,
+    schedule: Tensor | None = None, num_splits: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """FP8 records, decoded in registers on their way into the tensor cores."""
+    if not aligned(pages):  # records are read in pieces of 16 bytes
+        return portable(
+            q, pages, indices, layout=layout, softmax_scale=softmax_scale, dim_v=dim_v,
+            attn_sink=attn_sink, topk_length=topk_length, schedule=schedule, num_splits=num_splits,
+        )  # fmt: skip
+    (batch, next_n, heads, _), k = q.shape, indices.shape[-1]
+    rows, device = batch * next_n, q.device
+    out = torch.empty(batch, next_n, heads, dim_v, dtype=q.dtype, device=device)
+    lse = torch.empty(batch, heads, next_n, dtype=torch.float32, device=device)
+    if not out.numel():
+        return out, lse
+    q = q if aligned(q) else q.clone(memory_format=torch.contiguous_format)
+    tile = 64 if heads > 32 else 32 if heads > 16 else 16
+    head_blocks, blocks = -(-heads // tile), -(-k // BLOCK)
+    if schedule is None:
+        splits = splits_of(rows * head_blocks, blocks, processors(device.index))
+        span, pieces, grid = -(-blocks // splits), rows * splits, (rows * head_blocks, splits)
+    else:
+        schedule, num_splits = schedule.contiguous(), num_splits.contiguous()
+        workers = schedule.shape[0]
+        splits, span, pieces, grid = workers, 0, rows + workers, (workers * head_blocks, 1)
+    part = part_lse = lse
+    if splits > 1:
+        part = torch.empty(pieces, heads, dim_v, dtype=torch.float32, device=device)
+        part_lse = torch.empty(pieces, heads, dtype=torch.float32, device=device)
+    sink = None if attn_sink is None else attn_sink.contiguous()
+
+    def at(t: Tensor | None) -> int:
+        return 0 if t is None else t.data_ptr()
+
+    lengths = (0, 0) if topk_length is None else topk_length.stride()
+    work = struct.pack(
+        "<Q3qQqQ3qQ2q7Qf8i", q.data_ptr(), *q.stride()[:3], pages.data_ptr(), pages.stride(0),
+        indices.data_ptr(), *indices.stride(), at(topk_length), *lengths, at(sink), at(out),
+        at(lse), at(part), at(part_lse), at(schedule), at(num_splits), softmax_scale * LOG2E, rows,
+        next_n, heads, k, pages.shape[1], pages.shape[0] * pages.shape[1], span, splits,
+    )  # fmt: skip
+    work += bytes(-len(work) % 8)
+    module = _nvrtc.module("sparse_decode.cu", (("HEADS", tile),))
+    shared = 9 * tile * 128 + 2 * (65536 + 8192) + 256 * 8 + 64 + 1024
+    module.kernel("sparse_decode", device.index).launch(grid, (384,), (work,), shared, None)
+    if splits > 1:
+        join(part, part_lse, num_splits, attn_sink, out, lse, 0 if schedule is not None else splits)
+    return out, lse

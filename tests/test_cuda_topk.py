@@ -1,0 +1,218 @@
+"""What of the CUDA selection and of its compiler can be asked without a GPU: plans, the cache of
+machine code, the packing of parameters."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dsa_hal.backends.cuda import _nvrtc, to_slots, topk
+from dsa_hal.errors import Absent
+from dsa_hal.ops.select import MAX_K
+
+SHARED = 227 << 10
+"""Bytes of shared memory that a block may have on Hopper."""
+
+
+@pytest.mark.parametrize("rows", [1, 2, 64, 133, 4096])
+@pytest.mark.parametrize("n", [1, 4096, 32768, 131072, 1 << 20])
+def test_every_plan_fits_a_processor(rows: int, n: int) -> None:
+    """The list, k at a time, and the rest of a block's memory, as often as blocks are resident; and
+    what the kernel takes for granted of the list's length."""
+    configs = topk.legal(rows=rows, n=n, processors=132)
+    assert len(set(configs)) == len(configs)
+    for config in configs:
+        assert config.cluster in (1, 2, 4, 8) and config.threads % 32 == 0
+        for k in (1, 2048, MAX_K):
+            cap = topk.capacity(k, config.threads * config.per)
+            assert cap >= k + config.threads * config.per and cap - k >= k
+            used = topk.HEADER + topk.ENTRY * cap
+            assert used <= SHARED
+            if k <= 2048:
+                assert config.resident * (used + 1024) <= SHARED + 1024
+
+
+def test_few_long_rows_are_shared_and_many_are_not() -> None:
+    pick = topk.SPACE.pick
+    assert pick(rows=1, n=131072, processors=132).cluster == 8
+    assert pick(rows=1, n=2048, processors=132).cluster == 1
+    assert pick(rows=4096, n=131072, processors=132).cluster == 1
+
+
+def test_the_header_is_the_kernels() -> None:
+    text = (_nvrtc.KERNELS / "topk.cuh").read_text()
+    found = re.search(r"sizeof\(Shared\) <= (\d+) \+ sizeof\(Entry\)", text)
+    assert found is not None and int(found[1]) == topk.HEADER
+
+
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """Launches are recorded instead of made."""
+    made: list[dict[str, Any]] = []
+
+    class Recorder:
+        def launch(self, name: str, grid: Any, block: Any, args: Any, **more: Any) -> None:
+            made.append(dict(name=name, grid=grid, block=block, args=args, **more))
+
+    monkeypatch.setattr(_nvrtc, "module", lambda source, defines=(): Recorder())
+    monkeypatch.setattr(topk, "processors", lambda device: 132)
+    return made
+
+
+def test_a_selection_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = launches(monkeypatch)
+    ends = torch.ones(6, dtype=torch.int32)[::2]
+    logits = torch.zeros(3, 80000, dtype=torch.bfloat16)[:, 8:]
+    out = topk.select(logits, 7, None, ends)
+    assert list(out.shape) == [3, 7] and out.dtype == torch.int32
+    (launch,) = made
+    assert launch["name"] == "topk_bf16" and launch["grid"] == (24,) and launch["cluster"] == (8,)
+    assert launch["args"][0] is logits and launch["args"][1] == 0
+    assert launch["args"][2].stride(0) == 1, "a strided bound is copied"
+    assert launch["args"][4:7] == (80000, 79992, 7)
+    assert topk.select(logits[:0], 7).shape == (0, 7) and len(made) == 1, "no rows, no launch"
+
+
+def test_page_sizes_that_are_no_power_of_two_divide(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = launches(monkeypatch)
+    indices, table = torch.zeros(4, 2049, dtype=torch.int32), torch.ones(2, 5, dtype=torch.int32)
+    for page_size, shift in ((64, 6), (1, 0), (3, -1)):
+        to_slots.slots(indices, table, 2, page_size=page_size)
+        assert made[-1]["args"][-3:] == (page_size, shift, 5) and made[-1]["grid"] == (4, 3)
+    none = to_slots.slots(indices, table[:, :0], 2, page_size=64)
+    assert bool((none == -1).all()) and len(made) == 3
+
+
+# -- the compiler ---------------------------------------------------------------------------------
+
+
+class Compiler:
+    """NVRTC's binding as `compiled` uses it: counts its programs, refuses sources with `bad`."""
+
+    def __init__(self) -> None:
+        self.text, self.runs = b"", 0
+
+    def nvrtcCreateProgram(self, text: bytes, name: bytes, *_: Any) -> tuple[int, int]:
+        self.text = text
+        return 0, 1
+
+    def nvrtcCompileProgram(self, program: int, count: int, options: list[bytes]) -> tuple[int]:
+        self.runs += 1
+        assert count == len(options) and b"--gpu-architecture=sm_90a" in options
+        return (int(b"bad" in self.text),)
+
+    def nvrtcGetProgramLogSize(self, program: int) -> tuple[int, int]:
+        return 0, 12
+
+    def nvrtcGetProgramLog(self, program: int, log: bytes) -> tuple[int]:
+        ctypes.memmove(log, b"line 1: bad\0", 12)
+        return (0,)
+
+    def nvrtcGetCUBINSize(self, program: int) -> tuple[int, int]:
+        return 0, 4
+
+    def nvrtcGetCUBIN(self, program: int, code: bytes) -> tuple[int]:
+        ctypes.memmove(code, b"code", 4)
+        return (0,)
+
+    def nvrtcDestroyProgram(self, program: int) -> tuple[int]:
+        return (0,)
+
+
+@pytest.fixture
+def compiler(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Compiler:
+    """A compiler of its own, with sources and cache in an empty folder."""
+    made = Compiler()
+    monkeypatch.setattr(_nvrtc, "_compiler", lambda: (made, 13, 0))
+    monkeypatch.setattr(_nvrtc, "KERNELS", tmp_path)
+    monkeypatch.setenv("DSA_HAL_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "a.cu").write_text('#include "b.cuh"\nkernel')
+    (tmp_path / "b.cuh").write_text("helper")
+    return made
+
+
+def test_machine_code_is_kept(compiler: Compiler, tmp_path: Path) -> None:
+    """Compiled once for the same text, and again for another macro, target or included file."""
+
+    def code(defines: tuple[tuple[str, int], ...] = (), arch: str = "sm_90a") -> bytes:
+        return _nvrtc.compiled("a.cu", defines, arch)
+
+    assert code() == code() == b"code" and compiler.runs == 1
+    code((("K", 1),))
+    (tmp_path / "b.cuh").write_text("another helper")
+    code()
+    assert compiler.runs == 3
+    kept = sorted((tmp_path / "cache" / "nvrtc").iterdir())
+    assert len(kept) == 3 and {path.suffix for path in kept} == {".cubin"}
+
+
+@pytest.mark.parametrize("damage", [lambda d: d[:-1], lambda d: d[:10], lambda d: b"\xff" * len(d)])
+def test_a_damaged_entry_is_compiled_anew(
+    compiler: Compiler, tmp_path: Path, damage: Callable[[bytes], bytes]
+) -> None:
+    _nvrtc.compiled("a.cu", (), "sm_90a")
+    (entry,) = (tmp_path / "cache" / "nvrtc").iterdir()
+    entry.write_bytes(damage(entry.read_bytes()))
+    assert _nvrtc.compiled("a.cu", (), "sm_90a") == b"code" and compiler.runs == 2
+    assert entry.read_bytes()[64:] == b"code"
+
+
+def test_a_refused_source_shows_the_log(compiler: Compiler, tmp_path: Path) -> None:
+    (tmp_path / "a.cu").write_text("bad")
+    with pytest.raises(RuntimeError, match=r"NVRTC 13\.0 refused a\.cu for sm_90a:\nline 1: bad$"):
+        _nvrtc.compiled("a.cu", (), "sm_90a")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_machine_without_a_device_is_told() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has one")
+    assert "finds no CUDA device" in str(_nvrtc.available())
+
+
+def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "cuda", None)
+    _nvrtc._compiler.cache_clear()
+    with pytest.raises(Absent, match="pip install cuda-bindings"):
+        _nvrtc._compiler()
+
+
+# -- parameters and tensor maps -----------------------------------------------------------------
+
+
+def test_parameters_lie_where_the_kernel_reads_them() -> None:
+    layout = [(0, 8), (8, 4), (12, 4), (16, 8), (64, 128)]
+    frame = _nvrtc.Frame("kernel", layout)
+    t = torch.zeros(3)
+    address = frame.fill((t, -5, 0.5, 1 << 40, b"m" * 128))
+    pointers = (ctypes.c_void_p * 5).from_address(address)
+    base = pointers[0]
+    assert base is not None and [p - base for p in pointers if p is not None] == [0, 8, 12, 16, 64]
+    packed = frame.memory.raw
+    assert struct.unpack_from("<Qifq", packed) == (t.data_ptr(), -5, 0.5, 1 << 40)
+    assert packed[64:192] == b"m" * 128
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        ((1,), "takes 2 parameters, not 1"),
+        ((torch.zeros(1), 1), "a tensor for a parameter of 4 bytes"),
+        ((1, b"12345678"), "8 bytes for a parameter of 128"),
+    ],
+)
+def test_parameters_that_do_not_fit_are_refused(args: tuple[Any, ...], said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        _nvrtc.Frame("kernel", [(0, 4), (64, 128)]).fill(args)
+
+
+@pytest.mark.parametrize("t", [torch.zeros(4, 6)[:, ::2], torch.zeros(4, 6), torch.zeros(65)[1:]])
+def test_tensors_that_cannot_be_tiled_are_named(t: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"shape {list(t.shape)}")):
+        _nvrtc.tensor_map(t, (1,) * t.dim())
