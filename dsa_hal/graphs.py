@@ -44,11 +44,14 @@ class Recorded(Generic[T]):
         try:
             with torch.get_device_module(device).graph(self._graph):
                 self.result = work()
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
+            said = str(error).partition("\n")[0]
             raise DsaHalError(
-                f"a step could not be recorded on {device.type} ({str(error).splitlines()[0]});"
-                " an op in it waits for the host: name another implementation of it, or do not"
-                " record"
+                f"a step could not be recorded on {device.type} ({said});"
+                " an op in it waits for the host: name another implementation of it, or record"
+                " nothing (dsa-hal generate --no-recording)"
             ) from error
 
     def replay(self) -> T:

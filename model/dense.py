@@ -1,5 +1,5 @@
-"""A layer's attention without its indexer, over every earlier key: what sparse attention is measured
-against. Weights, norms and projections are those of `Attention`."""
+"""A layer's attention without its indexer, over every earlier key: what sparse attention is
+measured against. Weights, norms and projections are those of `Attention`."""
 
 from __future__ import annotations
 
@@ -78,7 +78,5 @@ class DenseAttention(Attention):
             (first + step.context_lens).flatten(), softmax_scale=c.softmax_scale,
             dim_v=c.kv_lora_rank,
         )  # fmt: skip
-        heads = torch.bmm(
-            latent.transpose(0, 1).to(kind), self.kv_b[:, nope:].transpose(1, 2)
-        )
+        heads = torch.bmm(latent.transpose(0, 1).to(kind), self.kv_b[:, nope:].transpose(1, 2))
         return heads.transpose(0, 1).to(q.dtype)

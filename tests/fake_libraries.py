@@ -32,13 +32,19 @@ def module(**names: Any) -> ModuleType:
 # -- FlashMLA -----------------------------------------------------------------------------------
 
 
+def _dense_rows(*tensors: Any) -> bool:
+    return all(t.stride(-1) == 1 for t in tensors if isinstance(t, Tensor))
+
+
 def _sparse(q: Tensor, kv: Tensor, indices: Tensor, scale: float, **more: Any) -> Any:
+    assert _dense_rows(q, kv, indices, *more.values())
     assert q.shape[1] in (64, 128) and indices.shape[2] % 128 == 0 and kv.shape[1] == 1
     return sparse_mla.reference(q, kv[:, 0], indices[:, 0], softmax_scale=scale, **more)
 
 
 def _paged(q: Tensor, cache: Tensor, indices: Tensor, scale: float, **more: Any) -> Any:
     """Only -1 is masked: every other number is an address."""
+    assert _dense_rows(q, cache, indices, *more.values())
     assert q.shape[2] in (64, 128) and indices.shape[2] % 64 == 0
     assert cache.dtype == E4M3 and cache.shape[2:] == (1, 656)
     assert int(indices.min()) >= -1 and int(indices.max()) < cache.shape[0] * cache.shape[1]
@@ -178,6 +184,7 @@ def deep_gemm(*, year: int) -> ModuleType:
         batch, next_n = q.shape[:2]
         assert not clean_logits and kv_cache.shape[1:3] == (64, 1)
         assert schedule_meta.shape == (133, 2) and weights.is_contiguous()
+        assert _dense_rows(block_table) and q.is_contiguous()
         if year == 2025:
             assert next_n == 1 and context_lens.shape == (batch,)
             context_lens = context_lens[:, None]
@@ -235,7 +242,7 @@ def scaled_mm(
     """torch's, with the strides that its cuBLAS path demands."""
     (m, k), n = a.shape, b.shape[1]
     blocks, padded = -(-k // 128), -(-k // 512) * 4
-    assert a.is_contiguous() and b.t().is_contiguous() and n % 16 == 0
+    assert a.is_contiguous() and b.t().is_contiguous() and n % 16 == 0 and m % 4 == 0
     assert a_scale.shape == (m, blocks) and _strides(a_scale, (1, m))
     assert b_scale.shape == (padded, -(-n // 128)) and _strides(b_scale, (1, padded))
     return fp8_gemm.reference(a, a_scale, b.t(), b_scale[:blocks].t(), out_dtype=output_dtype)

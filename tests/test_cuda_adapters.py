@@ -3,6 +3,7 @@ are played by stand-ins, under the matrix's own twists."""
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import torch
 
 from dsa_hal import ops
 from dsa_hal.backends.cuda._adapters import _library, cublas, deepgemm, flashinfer, flashmla
-from dsa_hal.case import Case, Maker, case
+from dsa_hal.case import Case, Inputs, Maker, case, copied, run, tree_map
 from dsa_hal.matrix import Row, judge
 from dsa_hal.registry import Impl, Op
 from dsa_hal.selection import _missing, use
@@ -225,6 +226,63 @@ def test_cublas(monkeypatch: pytest.MonkeyPatch, row: Case) -> None:
     found = outcome(ops.fp8_gemm, cublas.product.__module__.rpartition(".")[2], row)
     whole = row.axes["k"] % 128 == 0 and row.axes["n"] % 16 == 0
     assert found == "ok" if whole else "refused" in found
+
+
+def combed(inputs: Inputs) -> Inputs:
+    """Views whose last axis has gaps, but for the cache."""
+
+    def comb(_: str, t: torch.Tensor) -> torch.Tensor:
+        return t.new_zeros((*t.shape[:-1], 2 * t.shape[-1]))[..., ::2].copy_(t)
+
+    return {**tree_map(comb, inputs), **{k: v for k, v in inputs.items() if k == "pages"}}
+
+
+@pytest.mark.parametrize(
+    ("op", "name", "axes"),
+    [
+        (ops.sparse_mla, "flashmla", dict(tokens=4, context=150, k=96, short=True, **LATENT)),
+        (ops.sparse_mla, "flashmla", dict(tokens=4, context=90, k=64, sink=True, **LATENT)),
+        (ops.sparse_mla_paged, "flashmla",
+         dict(batch=2, next_n=2, context=90, heads=64, k=64, short=True, sink=True)),
+        (ops.fp8_gemm, "deepgemm", dict(m=5, n=192, k=256, fp32=False)),
+        (ops.fp8_gemm, "cublas", dict(m=5, n=192, k=256, fp32=False)),
+        (ops.grouped_fp8_gemm, "deepgemm",
+         dict(m=65, groups=4, n=64, k=128, align=16, fp32=False)),
+        (ops.grouped_fp8_gemm_masked, "deepgemm",
+         dict(max_m=13, groups=3, n=64, k=128, fp32=False)),
+        (ops.indexer_logits, "deepgemm", dict(tokens=9, context=80, ranges="ragged")),
+        (ops.indexer_logits_paged, "deepgemm", dict(batch=3, next_n=2, context=200)),
+        (ops.topk, "flashinfer", dict(rows=7, n=90, k=20, ranges="ragged")),
+    ],
+)  # fmt: skip
+def test_gaps_in_the_last_axis_are_served(
+    monkeypatch: pytest.MonkeyPatch, op: Op[..., Any], name: str, axes: dict[str, Any]
+) -> None:
+    install(monkeypatch, "flash_mla.flash_mla_interface", fakes.flash_mla_2026(fork=True))
+    install(monkeypatch, "deep_gemm", fakes.deep_gemm(year=2026))
+    install(monkeypatch, "flashinfer", fakes.flashinfer())
+    monkeypatch.setattr(torch.nn.functional, "scaled_mm", fakes.scaled_mm)
+    inputs = op.inputs(Maker("cpu", 0), **axes)
+    want = run(op.reference, copied(inputs), ())
+    got = run(adapter(op, name).fn, combed(inputs), ())
+    assert op.check(got, want, inputs).ok
+
+
+BROUGHT = {
+    "topk": ["flashinfer"], "sparse_mla": ["flashmla"], "sparse_mla_paged": ["flashmla"],
+    "fp8_gemm": ["cublas", "deepgemm"], "grouped_fp8_gemm": ["deepgemm"],
+    "grouped_fp8_gemm_masked": ["deepgemm"], "indexer_logits": ["deepgemm"],
+    "indexer_logits_paged": ["deepgemm"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", BROUGHT)
+def test_an_op_brings_its_adapters(op: str) -> None:
+    """Selection imports an op's own file, and that one its adapters, which rank apart from all."""
+    module = importlib.import_module(f"dsa_hal.backends.cuda.{op}")
+    assert [name for name in BROUGHT[op] if hasattr(module, name)] == BROUGHT[op]
+    ranks = [i.rank for i in getattr(ops, op)._impls.values() if i.backend == "cuda"]
+    assert len(set(ranks)) == len(ranks), "which of two equals is asked first, imports decide"
 
 
 def test_a_need_may_name_alternatives() -> None:

@@ -13,17 +13,17 @@ from dsa_hal.ops.layout import KVLayout
 @pytest.mark.parametrize("work", [1, 2, 16, 100, 128, 256, 512, 70000])
 @pytest.mark.parametrize("blocks", [1, 2, 3, 31, 32, 33, 512])
 def test_splits_leave_no_piece_without_a_block(work: int, blocks: int, processors: int) -> None:
-    splits = splits_of(work, blocks, processors)
+    splits = splits_of(work, blocks, processors, blocks)
     span = -(-blocks // splits)
     assert 1 <= splits <= blocks
     assert (splits - 1) * span < blocks <= splits * span
 
 
 def test_splits_fill_the_processors_and_spare_the_join() -> None:
-    assert splits_of(2, 32, 132) >= 16  # one query of 128 heads
-    assert splits_of(32, 32, 132) == 4
-    assert splits_of(128, 32, 132) == splits_of(256, 32, 132) == 1  # waves are full as they are
-    assert splits_of(70000, 32, 132) == 1
+    assert splits_of(2, 32, 132, 32) >= 16  # one query of 128 heads
+    assert splits_of(32, 32, 132, 32) == 4
+    assert splits_of(128, 32, 132, 32) == splits_of(256, 32, 132, 32) == 1  # waves are full as they are
+    assert splits_of(70000, 32, 132, 32) == 1
 
 
 @pytest.mark.parametrize("heads", [1, 8, 16, 17, 64, 96, 128])

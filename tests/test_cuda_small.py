@@ -1,5 +1,5 @@
-"""The row-wise ops on NVIDIA GPUs, as far as a machine without one can tell: tiles, predicates, where
-parts of a record lie, and, where Triton is installed, kernels in its interpreter."""
+"""The row-wise ops on NVIDIA GPUs, as far as a machine without one can tell: tiles, predicates,
+where parts of a record lie, and, where Triton is installed, kernels in its interpreter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ import pytest
 import torch
 
 from dsa_hal.backends.portable.rows import LANES, SPACES, WIDEST, dense, flat, power_of_two
-from dsa_hal.case import Maker
 from dsa_hal.ops.layout import SCALE, KVLayout
 from dsa_hal.registry import Impl
 from dsa_hal.selection import OPS
@@ -77,9 +76,8 @@ def test_parts_lie_where_the_layout_says(spec: str) -> None:
 
     known = KVLayout.parse(spec)
     pages = known.empty(5, 16)
-    _, plan = cache._plan(f"store_{known.kind}", known, pages, 1) if known.kind == "latent" else (
-        cache._plan("store_index_key", known, pages, 1)
-    )
+    op = "store_latent" if known.kind == "latent" else "store_index_key"
+    _, plan = cache._plan(op, known, pages, 1)
     for part, view in zip(known.parts, known.views(pages).values(), strict=True):
         role = "SCALE" if part.name == SCALE else "VALUE" if part is known.parts[0] else "TAIL"
         start = view[0, 0].data_ptr() - pages.data_ptr()
@@ -91,7 +89,7 @@ def test_parts_lie_where_the_layout_says(spec: str) -> None:
 INTERPRETED = {
     "rms_norm": ("one", "zero_row"), "layer_norm": ("half",), "add_rms_norm": ("half",),
     "rope": ("middle", "whole", "long"), "gather_latent": ("small", "skipped"),
-    "dequantize_fp8": ("head64",), "silu_mul": ("odd",), "hadamard": ("wide",),
+    "dequantize_fp8": ("head64",), "silu_mul": ("odd",), "hadamard": ("half",),
 }  # fmt: skip
 """Cases whose arithmetic Triton's interpreter has right; it rounds FP8 in its own way."""
 

@@ -23,33 +23,27 @@ SHARED = 227 << 10
 
 @pytest.mark.parametrize("rows", [1, 2, 64, 133, 4096])
 @pytest.mark.parametrize("n", [1, 4096, 32768, 131072, 1 << 20])
-def test_every_plan_fits_a_processor(rows: int, n: int) -> None:
-    """The list, k at a time, and the rest of a block's memory, as often as blocks are resident; and
-    what the kernel takes for granted of the list's length."""
-    configs = topk.legal(rows=rows, n=n, processors=132)
+@pytest.mark.parametrize("k", [1, 2048, 2049, MAX_K])
+def test_every_plan_fits_a_processor(rows: int, n: int, k: int) -> None:
+    """As many blocks as are meant to be resident, and what the kernel takes for granted of the
+    list's length: a tile fits beside k entries, and k beside k."""
+    configs = topk.legal(rows=rows, n=n, k=k, processors=132)
     assert len(set(configs)) == len(configs)
     for config in configs:
         assert config.cluster in (1, 2, 4, 8) and config.threads % 32 == 0
-        for k in (1, 2048, MAX_K):
-            cap = topk.capacity(k, config.threads * config.per)
-            assert cap >= k + config.threads * config.per and cap - k >= k
-            used = topk.HEADER + topk.ENTRY * cap
-            assert used <= SHARED
-            if k <= 2048:
-                assert config.resident * (used + 1024) <= SHARED + 1024
+        cap = config.capacity(k)
+        assert cap >= k + config.threads * config.per and cap >= 2 * k
+        assert cap % config.threads == 0
+        assert config.resident * (config.shared(k) + 1024) <= SHARED + 1024
 
 
 def test_few_long_rows_are_shared_and_many_are_not() -> None:
-    pick = topk.SPACE.pick
-    assert pick(rows=1, n=131072, processors=132).cluster == 8
-    assert pick(rows=1, n=2048, processors=132).cluster == 1
-    assert pick(rows=4096, n=131072, processors=132).cluster == 1
+    def pick(rows: int, n: int) -> topk.Config:
+        return topk.SPACE.pick(rows=rows, n=n, k=2048, processors=132)
 
-
-def test_the_header_is_the_kernels() -> None:
-    text = (_nvrtc.KERNELS / "topk.cuh").read_text()
-    found = re.search(r"sizeof\(Shared\) <= (\d+) \+ sizeof\(Entry\)", text)
-    assert found is not None and int(found[1]) == topk.HEADER
+    assert pick(1, 131072).cluster == 8
+    assert pick(1, 4096).cluster == 1
+    assert pick(4096, 131072).cluster == 1
 
 
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
@@ -75,7 +69,7 @@ def test_a_selection_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch["name"] == "topk_bf16" and launch["grid"] == (24,) and launch["cluster"] == (8,)
     assert launch["args"][0] is logits and launch["args"][1] == 0
     assert launch["args"][2].stride(0) == 1, "a strided bound is copied"
-    assert launch["args"][4:7] == (80000, 79992, 7)
+    assert launch["args"][4:] == (80000, 3, 79992, 7)
     assert topk.select(logits[:0], 7).shape == (0, 7) and len(made) == 1, "no rows, no launch"
 
 
@@ -189,13 +183,12 @@ def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_parameters_lie_where_the_kernel_reads_them() -> None:
     layout = [(0, 8), (8, 4), (12, 4), (16, 8), (64, 128)]
     frame = _nvrtc.Frame("kernel", layout)
-    t = torch.zeros(3)
-    address = frame.fill((t, -5, 0.5, 1 << 40, b"m" * 128))
+    address = frame.fill((1 << 50, -5, 0.5, 1 << 40, b"m" * 128))
     pointers = (ctypes.c_void_p * 5).from_address(address)
     base = pointers[0]
     assert base is not None and [p - base for p in pointers if p is not None] == [0, 8, 12, 16, 64]
     packed = frame.memory.raw
-    assert struct.unpack_from("<Qifq", packed) == (t.data_ptr(), -5, 0.5, 1 << 40)
+    assert struct.unpack_from("<Qifq", packed) == (1 << 50, -5, 0.5, 1 << 40)
     assert packed[64:192] == b"m" * 128
 
 
@@ -203,7 +196,7 @@ def test_parameters_lie_where_the_kernel_reads_them() -> None:
     ("args", "said"),
     [
         ((1,), "takes 2 parameters, not 1"),
-        ((torch.zeros(1), 1), "a tensor for a parameter of 4 bytes"),
+        ((torch.zeros(1), 1), "a tensor on cpu for a parameter of 4 bytes"),
         ((1, b"12345678"), "8 bytes for a parameter of 128"),
     ],
 )

@@ -1,10 +1,44 @@
 """What dense_mla and mha_prefill share on NVIDIA GPUs: how their Triton kernels are launched."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from dsa_hal.autotune.space import Space
+
 PROCESSORS = 132
 """Multiprocessors of the H200, which programs are split to fill."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Rows and keys of a tile, warps and stages of a program."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def _legal(*, rows: int, width: int, size: int) -> list[Config]:
+    """For so many rows that share keys of `width` columns of `size` bytes."""
+    most = max(16, power_of_two(rows))
+    if size == 4:
+        return [Config(16, 16, 8, 1)]
+    if width > 256:
+        found = [Config(64, 32, 8, 2), Config(64, 32, 8, 1), Config(32, 32, 4, 2)]
+    else:
+        found = [
+            Config(128, 64, 8, 3), Config(128, 64, 8, 2), Config(128, 32, 8, 3),
+            Config(64, 64, 4, 3), Config(64, 64, 4, 2), Config(64, 32, 4, 3), Config(128, 32, 4, 2),
+        ]  # fmt: skip
+    return [c for c in found if c.rows <= most] or [Config(most, 32, 4, 2)]
+
+
+SPACE = Space("dense/triton", Config, _legal)
 
 
 def why_not(dtype: torch.dtype, dim: int, dim_v: int) -> str | None:
@@ -41,16 +75,9 @@ def attended(
     if shared:
         main = wide
     rest = power_of_two(dim - main) if dim > main else 16
-    single = q.dtype == torch.float32
-    rows, keys, warps, stages = 128, 64, 8, 2
-    if single:
-        rows, keys, warps, stages = 16, 16, 8, 1
-    elif dim_v > 256 or dim > 256:
-        rows, keys, warps, stages = 64, 32, 8, 2
     total = tokens * (heads // kv_heads)
-    rows = min(rows, max(16, power_of_two(total)))
-    if rows < 64 and not single:
-        warps = 4
+    config = SPACE.pick(rows=min(total, 128), width=dim, size=q.element_size())
+    rows = config.rows
     blocks = -(-total // rows)
     splits = max(1, min(-(-context // 256), 2 * PROCESSORS // max(1, blocks * kv_heads), 64))
     part, part_lse = out, lse
@@ -62,14 +89,24 @@ def attended(
         q.stride(0), q.stride(1), k.stride(0), k.stride(1), v.stride(0), v.stride(1),
         words.stride(0), tokens, heads, kv_heads, splits, softmax_scale,
         WIDTH=dim, VALUES=dim_v, WIDTH_BLOCK=main, REST_BLOCK=rest, VALUE_BLOCK=wide,
-        SHARED=shared, MASKED=indices is not None, PARTIAL=splits > 1, PLAIN=single,
-        ROWS_BLOCK=rows, KEYS_BLOCK=keys, num_warps=warps, num_stages=stages,
+        SHARED=shared, MASKED=indices is not None, PARTIAL=splits > 1,
+        PLAIN=q.dtype == torch.float32, ROWS_BLOCK=rows, KEYS_BLOCK=config.keys,
+        num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
     if splits > 1:
-        kernels.merge[(tokens * heads,)](
-            part, part_lse, out, lse, tokens * heads, splits, VALUES=dim_v, BLOCK=wide
-        )
+        merge(part, part_lse, out, lse)
     return out, lse
+
+
+def merge(part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> None:
+    """out [tokens, heads, dim_v] and lse [tokens, heads] of parts [splits, ...] of the keys."""
+    from dsa_hal.backends.portable._kernels import dense_attention as kernels
+
+    splits, tokens, heads, values = part.shape
+    kernels.merge[(tokens * heads, -(-values // 128))](
+        part, part_lse, out, lse, tokens * heads, splits, VALUES=values,
+        SPLITS_BLOCK=1 << (splits - 1).bit_length(), COLUMNS_BLOCK=min(128, power_of_two(values)),
+    )  # fmt: skip
 
 
 def power_of_two(columns: int) -> int:

@@ -32,6 +32,8 @@ class Tile:
     split   blocks of one cluster that share k
     blocks  of them on a multiprocessor at once
     pair    2: two blocks of a cluster share weights, each has rows of its own
+    width   0: weights lie along the matrix unit's 64 rows (fp8_gemm.cu); else columns of one wave in
+            fp8_gemm_wide.cu, where two groups compute `mt` = 128 rows
     """
 
     mt: int
@@ -41,6 +43,9 @@ class Tile:
     split: int
     blocks: int
     pair: int = 1
+    width: int = 0
+    ahead: int = 1
+    share: int = 1
 
     @property
     def height(self) -> int:
@@ -48,51 +53,69 @@ class Tile:
 
     @property
     def nt(self) -> int:
-        return self.wgs * self.waves * 64
+        return self.waves * (self.width or self.wgs * 64)
 
 
 def shared_bytes(tile: Tile, wide: bool) -> int:
     """Shared memory of one block; `wide` outputs need no room to be turned in."""
-    stage = (tile.nt + tile.mt) * BLOCK + 4 * tile.mt + 16
+    stage = (tile.nt + tile.mt) * BLOCK + 16
+    if tile.width:
+        return tile.stages * stage + (0 if wide else tile.mt * (tile.width // 8 | 1) * 16)
+    stage += 4 * tile.mt
     store = 0 if wide or tile.split > 1 else tile.wgs * tile.mt * BLOCK
     return tile.stages * stage + store
 
 
-def _staged(mt: int, wgs: int, waves: int, split: int, blocks: int, pair: int = 1) -> Tile | None:
+def _staged(mt: int, wgs: int, waves: int, split: int, blocks: int, share: int = 1) -> Tile | None:
     """The tile with as many stages as fit, at most eight; None if not even three do."""
     room = SHARED if blocks == 1 else (228 << 10) // blocks - 1024
     for stages in range(8, 2, -1):
-        tile = Tile(mt, wgs, waves, stages, split, blocks, pair)
+        tile = Tile(mt, wgs, waves, stages, split, blocks, share=share)
         part = 4 * mt * (tile.nt + 4) if split > 1 else 0
         if shared_bytes(tile, False) <= room and part <= stages * (tile.nt + mt) * BLOCK:
             return tile
     return None
 
 
-def tiles(*, rows: int, n: int, k: int, groups: int) -> list[Tile]:
-    """Tiles for `groups` products of about so many rows each.
+def _wide(width: int, waves: int, pair: int, ahead: int = 1) -> Tile:
+    """The tile of fp8_gemm_wide.cu with as many stages as fit, at most eight."""
+    fits = (Tile(128, 2, waves, stages, 1, 1, pair, width, ahead) for stages in range(8, 1, -1))
+    return next(tile for tile in fits if shared_bytes(tile, False) <= SHARED)
 
-    Few rows: what takes time is to read the weights, so the tile is as low as the rows allow, two
-    blocks share a multiprocessor, and k is split until every one of them has work.
-    """
-    blocks_k = -(-k // BLOCK)
-    mt = next((t for t in (8, 16, 32, 64) if rows <= t), 128)
-    found: list[Tile | None] = []
-    if mt < 128:
-        across = groups * -(-n // 128)
-        split = 1
-        while split < 8 and across * split * 2 <= 2.2 * PROCESSORS and blocks_k >= 4 * split:
-            split *= 2
-        found += [_staged(mt, 2, 1, s, 2) for s in (split, 1, 2, 4, 8)]
-    else:
-        across = groups * -(-rows // mt) * -(-n // 128)
-        split = 1
-        while split < 8 and across * split * 2 <= PROCESSORS and blocks_k >= 4 * split:
-            split *= 2
-        shapes = [(2, 2), (2, 1), (3, 1)] if across >= 2 * PROCESSORS else [(2, 1), (3, 1), (2, 2)]
-        found += [_staged(mt, wgs, waves, split, 1) for wgs, waves in shapes]
-        found += [_staged(64, 2, 1, s, 2) for s in (1, 2, 4)]
-    return list(dict.fromkeys(t for t in found if t is not None))
+
+def tiles(*, rows: int, n: int, k: int, groups: int) -> list[Tile]:
+    """Tiles for `groups` products of about so many rows each, the best guess first."""
+    if rows > 128:
+        return _wide_tiles(rows, n, groups)
+    return _narrow_tiles(rows, n, -(-k // BLOCK), groups)
+
+
+def _narrow_tiles(rows: int, n: int, blocks_k: int, groups: int) -> list[Tile]:
+    """Few rows: what takes time is to read the weights, so the tile is as low as the rows allow, and
+    k is split until every processor has some of them."""
+    mt = next(t for t in (8, 16, 32, 64, 128) if rows <= t)
+    across = groups * -(-n // 64)
+    split = 1
+    while split < 8 and across * split * 2 <= 1.1 * PROCESSORS and blocks_k >= 4 * split:
+        split *= 2
+    many = (3, 1) if mt == 128 else (2, 2)
+    shapes = [many, (1, 2)] if across > 2 * PROCESSORS else [(1, 2), many]
+    found = [_staged(mt, wgs, 1, split, blocks) for wgs, blocks in shapes]
+    found += [_staged(mt, wgs, 1, s, 2) for s in (1, 2, 4, 8) for wgs in (1, 2) if mt < 128]
+    return list(dict.fromkeys(tile for tile in found if tile is not None))
+
+
+def _wide_tiles(rows: int, n: int, groups: int) -> list[Tile]:
+    """Many rows: the fewest columns' worth of time over all rounds of tiles. A wave costs a little
+    beside its columns."""
+    pair = 2 if rows > 128 else 1
+
+    def time(tile: Tile) -> float:
+        count = groups * -(-rows // tile.height) * -(-n // tile.nt)
+        return -(-count // (PROCESSORS // tile.pair)) * (tile.nt + 8 * tile.waves)
+
+    found = [_wide(128, 2, pair), _wide(96, 2, pair, 2), _wide(128, 1, pair, 2)]
+    return sorted(found, key=time)
 
 
 SPACES = {
@@ -134,17 +157,17 @@ def _launch(
         b_scale.stride(0) if b_scale.dim() == 3 else 0, b_scale.stride(-2),
         m, n, -(-k // BLOCK), groups,
     )  # fmt: skip
-    count = units * -(-n // tile.nt)
-    cluster = tile.split * tile.pair
+    cluster = tile.split * tile.pair * tile.share
+    count = units * -(-n // (tile.nt * tile.share))
     if tile.split == 1:
-        count = min(count, PROCESSORS * tile.blocks // tile.pair)
+        count = min(count, PROCESSORS * tile.blocks // cluster)
     module.launch(
         "product",
         (count * cluster,),
         (tile.wgs * 128 + (128 if tile.blocks == 1 else 32),),
         (
             _nvrtc.tensor_map(b, (1, tile.nt // tile.pair, BLOCK), swizzle=128),
-            _nvrtc.tensor_map(a, (1, tile.mt, BLOCK), swizzle=128),
+            _nvrtc.tensor_map(a, (1, tile.mt // tile.share, BLOCK), swizzle=128),
             args,
             out,
         ),
@@ -155,11 +178,19 @@ def _launch(
 
 @cache
 def _module(tile: Tile, out: int, mode: int) -> _nvrtc.Module:
+    if tile.width:
+        return _nvrtc.module(
+            "fp8_gemm_wide.cu",
+            (
+                ("WIDTH", tile.width), ("WAVES", tile.waves), ("STAGES", tile.stages),
+                ("PAIR", tile.pair), ("AHEAD", tile.ahead), ("OUT", out), ("MODE", mode),
+            ),
+        )  # fmt: skip
     return _nvrtc.module(
         "fp8_gemm.cu",
         (
             ("MT", tile.mt), ("WGS", tile.wgs), ("WAVES", tile.waves), ("STAGES", tile.stages),
-            ("SPLIT", tile.split), ("BLOCKS", tile.blocks), ("PAIR", tile.pair), ("OUT", out), ("MODE", mode),
+            ("SPLIT", tile.split), ("BLOCKS", tile.blocks), ("SHARE", tile.share), ("OUT", out), ("MODE", mode),
         ),
     )  # fmt: skip
 
@@ -189,6 +220,34 @@ def masked(
         tile = space.pick(rows=_bucket(m), n=n, k=k, groups=groups)
         units = groups * -(-m // tile.height)
         _launch(tile, 1, a, a_scale, b, b_scale, out, masked_m.contiguous(), m, units)
+    return out
+
+
+def grouped_floats(a: Tensor, b: Tensor, layout: Tensor) -> Tensor:
+    """`grouped_gemm` of bf16 or fp16: [m, n]."""
+    (m, k), (groups, n, _) = a.shape, b.shape
+    out = a.new_empty((m, n))
+    if out.numel():
+        waves = 2
+        plan = layout.new_empty(4 + 2 * m)
+        _nvrtc.module("gemm_units.cu", (("MT", 128),)).launch(
+            "units", (1,), (1024,), (layout.contiguous(), plan, m, groups)
+        )
+        a, b = _readable(a), _readable(b)
+        args = ARGS.pack(0, 0, plan.data_ptr(), 0, 0, 0, 0, m, n, -(-k // 64), groups)
+        module = _nvrtc.module(
+            "grouped_gemm.cu",
+            (("WAVES", waves), ("STAGES", 4), ("OUT", OUTS[out.dtype]), ("MODE", 2)),
+        )
+        count = (-(-m // 128) + groups) * -(-n // (waves * 128))
+        shared = 4 * ((waves + 1) * 128 * 128 + 16) + 128 * 17 * 16
+        maps = (
+            _nvrtc.tensor_map(b, (1, waves * 128, 64), swizzle=128),
+            _nvrtc.tensor_map(a, (1, 128, 64), swizzle=128),
+        )
+        module.launch(
+            "product", (min(count, PROCESSORS),), (384,), (*maps, args, out), shared=shared
+        )
     return out
 
 

@@ -77,7 +77,7 @@ class Module:
         except KeyError:
             pass
         with self._lock, torch.cuda.device(device):
-            torch.cuda.current_stream().query()  # a new thread has no context before its first call
+            _enter(device)
             if device not in self._libraries:
                 code = compiled(self.source, self.defines, architecture(device))
                 self._libraries[device] = _loaded(code)
@@ -108,7 +108,7 @@ class Kernel:
     def __init__(self, library: Any, name: str, device: int) -> None:
         from cuda.bindings import driver
 
-        self._driver, self.name = driver, name
+        self._driver, self.name, self._index = driver, name, device
         self._kernel = _checked(driver.cuLibraryGetKernel(library, name.encode()), name)
         self._device = _checked(driver.cuDeviceGet(device), name)
         self._function = driver.CUfunction(int(self._kernel))
@@ -125,7 +125,7 @@ class Kernel:
         self, grid: tuple[int, ...], block: tuple[int, ...], args: Sequence[Any], shared: int,
         cluster: tuple[int, ...] | None,
     ) -> None:  # fmt: skip
-        stream = torch.cuda.current_stream().cuda_stream
+        stream = _stream(self._index)
         key = (grid, block, shared, cluster, stream)
         config = self._configs.get(key)
         if config is None:
@@ -140,7 +140,7 @@ class Kernel:
         pointers = frame.fill(args)
         (error,) = self._driver.cuLaunchKernelEx(config, self._function, pointers, 0)
         if error == self._driver.CUresult.CUDA_ERROR_INVALID_CONTEXT:
-            torch.cuda.current_stream().query()  # a new thread has no context before its first call
+            _enter(self._index)
             (error,) = self._driver.cuLaunchKernelEx(config, self._function, pointers, 0)
         self._frames.append(frame)
         if error:
@@ -173,6 +173,24 @@ class Kernel:
         return config
 
 
+def _enter(device: int) -> None:
+    """Give this thread the context that torch uses; a new thread has none before its first call
+    of the runtime."""
+    from cuda.bindings import driver
+
+    if not int(_checked(driver.cuCtxGetCurrent(), "asking for a context")):
+        context = _checked(driver.cuDevicePrimaryCtxRetain(device), "taking a context")
+        _checked(driver.cuCtxSetCurrent(context), "entering a context")
+
+
+def _slow_stream(device: int) -> int:
+    return int(torch.cuda.current_stream(device).cuda_stream)
+
+
+# What Triton asks as well: the public way makes an object, which takes a third of a launch's time.
+_stream = getattr(torch._C, "_cuda_getCurrentRawStream", _slow_stream)
+
+
 class Frame:
     """Host memory for the parameters of one launch, and the array of their addresses."""
 
@@ -191,8 +209,10 @@ class Frame:
         memory = self.memory
         for value, (offset, size) in zip(args, self.layout, strict=True):
             if isinstance(value, Tensor):
-                if size != 8:
-                    raise TypeError(f"{self.name}: a tensor for a parameter of {size} bytes")
+                if size != 8 or not value.is_cuda:  # host memory would be an illegal access
+                    raise TypeError(
+                        f"{self.name}: a tensor on {value.device} for a parameter of {size} bytes"
+                    )
                 _POINTER.pack_into(memory, offset, value.data_ptr())
             elif isinstance(value, int):
                 _WHOLE[size].pack_into(memory, offset, value)
@@ -203,6 +223,16 @@ class Frame:
                     raise TypeError(f"{self.name}: {len(value)} bytes for a parameter of {size}")
                 memory[offset : offset + size] = value
         return self.address
+
+
+def address(t: Tensor | None) -> int:
+    """Where a tensor begins on its GPU, for a struct that a kernel reads; 0 for none. Raises
+    TypeError for one in host memory, which a kernel could not read."""
+    if t is None:
+        return 0
+    if not t.is_cuda:
+        raise TypeError(f"a tensor of shape {list(t.shape)} is on {t.device}, not on a GPU")
+    return t.data_ptr()
 
 
 _POINTER = struct.Struct("<Q")
@@ -334,6 +364,9 @@ _KINDS = {
 }  # fmt: skip
 """CUtensorMapDataType by torch's."""
 
+_ONES = struct.pack("5I", 1, 1, 1, 1, 1)
+"""Steps between the elements that a copy takes along each axis."""
+
 SWIZZLES = {0: 0, 32: 1, 64: 2, 128: 3}
 """CUtensorMapSwizzle by the bytes of its row."""
 
@@ -349,19 +382,20 @@ def tensor_map(t: Tensor, box: Sequence[int], *, swizzle: int = 0) -> bytes:
     """
     size, rank = t.element_size(), t.dim()
     strides = [s * size for s in t.stride()]
-    if t.stride(-1) != 1 or t.data_ptr() % 16 or any(s % 16 for s in strides[:-1]):
+    address = t.data_ptr()
+    if strides.pop() != size or address % 16 or any(s % 16 for s in strides):
         raise ValueError(
             f"tensor of shape {list(t.shape)}, strides {list(t.stride())} cannot be tiled:"
             " its last axis must be dense and other strides multiples of 16 bytes"
         )
-    made = (ctypes.c_uint64 * 24)()  # 128 bytes that begin at a multiple of 64
-    at = -ctypes.addressof(made) % 64
+    made = ctypes.create_string_buffer(192)  # 128 bytes that begin at a multiple of 64
+    place = -(-ctypes.addressof(made) // 64) * 64
     error = _encoder()(
-        ctypes.addressof(made) + at, _KINDS[t.dtype], rank, t.data_ptr(),
-        (ctypes.c_uint64 * rank)(*reversed(t.shape)),
-        (ctypes.c_uint64 * rank)(*reversed(strides[:-1])),
-        (ctypes.c_uint32 * rank)(*reversed(box)),
-        (ctypes.c_uint32 * rank)(*[1] * rank),
+        place, _KINDS[t.dtype], rank, address,
+        struct.pack(f"{rank}Q", *reversed(t.shape)),
+        struct.pack(f"{rank - 1}Q", *reversed(strides)),
+        struct.pack(f"{rank}I", *reversed(box)),
+        _ONES,
         0, SWIZZLES[swizzle], 2, 0,
     )  # fmt: skip
     if error:
@@ -369,7 +403,7 @@ def tensor_map(t: Tensor, box: Sequence[int], *, swizzle: int = 0) -> bytes:
             f"no tensor map of shape {list(t.shape)}, box {list(box)}, swizzle {swizzle}:"
             f" CUDA error {error}"
         )
-    return bytes(made)[at : at + 128]
+    return ctypes.string_at(place, 128)
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from torch import Tensor
 
+from dsa_hal.backends.cuda import _prefill
 from dsa_hal.backends.cuda._dense import attended, why_not
 from dsa_hal.ops.dense import dense_mla
 
@@ -23,3 +24,20 @@ def dense(
     return attended(
         q, kv[:, None], kv[:, None, :dim_v], ks, ke, None, softmax_scale=softmax_scale, shared=True
     )
+
+
+def _cuda_why_not(
+    q: Tensor, kv: Tensor, ks: Tensor, ke: Tensor, *, softmax_scale: float, dim_v: int = 512
+) -> str | None:
+    return _prefill.why_not(q.dtype, q.shape[2], dim_v)
+
+
+@dense_mla.impl(
+    "cuda", "cuda", contract=1, arch=("sm90",), needs=(*_prefill.NEEDS, "triton>=3.6"), rank=1,
+    promises=("deterministic", "lse=natural"), why_not=_cuda_why_not,
+)  # fmt: skip
+def staged(
+    q: Tensor, kv: Tensor, ks: Tensor, ke: Tensor, *, softmax_scale: float, dim_v: int = 512
+) -> tuple[Tensor, Tensor]:
+    """The kernel of sparse_mla, on ranges."""
+    return _prefill.ranged(q, kv, ks, ke, softmax_scale=softmax_scale)

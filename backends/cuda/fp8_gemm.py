@@ -33,3 +33,6 @@ def streamed(
 ) -> Tensor:  # fmt: skip
     """Copies of any stride by the copy engine; k is split where few tiles would leave processors idle."""
     return _gemm.fp8(a, a_scale, b, b_scale, out_dtype)
+
+
+from dsa_hal.backends.cuda._adapters import cublas, deepgemm  # noqa: E402, F401

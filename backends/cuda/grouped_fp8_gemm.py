@@ -33,3 +33,6 @@ def streamed(
 ) -> Tensor:  # fmt: skip
     """Stretches of rows of one group are found on the device first."""
     return _gemm.grouped(a, a_scale, b, b_scale, grouped_layout, out_dtype)
+
+
+from dsa_hal.backends.cuda._adapters import deepgemm  # noqa: E402, F401

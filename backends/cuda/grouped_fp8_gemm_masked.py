@@ -33,3 +33,6 @@ def streamed(
 ) -> Tensor:  # fmt: skip
     """Tiles beyond a group's rows are only filled with zeros."""
     return _gemm.masked(a, a_scale, b, b_scale, masked_m, out_dtype)
+
+
+from dsa_hal.backends.cuda._adapters import deepgemm  # noqa: E402, F401

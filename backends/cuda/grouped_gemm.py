@@ -1,7 +1,9 @@
 """grouped_gemm on NVIDIA GPUs."""
 
+import torch
 from torch import Tensor
 
+from dsa_hal.backends.cuda import _gemm, _nvrtc
 from dsa_hal.backends.portable import gemm
 from dsa_hal.ops.gemm import grouped_gemm
 
@@ -10,3 +12,22 @@ from dsa_hal.ops.gemm import grouped_gemm
 def tiled(a: Tensor, b: Tensor, grouped_layout: Tensor) -> Tensor:
     """Any shape and stride, one program per tile, once for each group in the tile."""
     return gemm.grouped(a, b, grouped_layout)
+
+
+def _why_not(a: Tensor, b: Tensor, grouped_layout: Tensor) -> str | None:
+    if a.dtype == torch.float32:
+        return "a is torch.float32; this kernel multiplies bfloat16 and float16"
+    if 0 in b.shape or b.shape[1] % 8 or b.shape[2] % 8:
+        return (
+            f"b has shape {list(b.shape)}; this kernel needs no empty axis, and n and k multiples"
+            " of 8"
+        )
+    return None
+
+
+@grouped_gemm.impl(
+    "cuda", "cuda", contract=1, arch=("sm90",), needs=_nvrtc.NEEDS, rank=1, why_not=_why_not
+)
+def streamed(a: Tensor, b: Tensor, grouped_layout: Tensor) -> Tensor:
+    """Stretches of rows of one group are found on the device first."""
+    return _gemm.grouped_floats(a, b, grouped_layout)

@@ -1,11 +1,48 @@
 """indexer_logits on NVIDIA GPUs."""
 
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
+from dsa_hal.autotune.space import Space
+from dsa_hal.backends.cuda import _nvrtc
 from dsa_hal.backends.cuda._limits import LIMITS
 from dsa_hal.backends.portable import indexer_logits as portable
 from dsa_hal.backends.portable.indexer import logits
 from dsa_hal.ops.indexer import indexer_logits
+
+PROCESSORS = 132
+"""Multiprocessors of the H200: one block on each."""
+
+KEYS, DIM, COLUMNS, WARPGROUPS = 64, 128, 512, 3
+"""Keys of a tile, values of a key, query heads of a block, warpgroups of which the last copies."""
+
+ARGS = struct.Struct("<4Q 2q 3i 4x")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles that follow each other without a pause, and tiles under way."""
+
+    run: int
+    stages: int
+
+
+def legal(*, heads: int) -> Sequence[Config]:
+    """Runs up to a length where their code is still small, and stages that fit shared memory."""
+    return [Config(4, 8), Config(8, 8), Config(2, 8), Config(4, 11)]
+
+
+SPACE = Space(name="indexer_logits/cuda", kind=Config, legal=legal)
+
+
+def shared_bytes(config: Config) -> int:
+    """Shared memory of a block: two blocks of queries, tiles, barriers and small things."""
+    tiles = config.stages * (KEYS * DIM + 16)
+    return 2 * COLUMNS * DIM + tiles + 2 * 16 + 8 * (2 + 4 * WARPGROUPS)
 
 
 @indexer_logits.impl("cuda", "torch", contract=1)
@@ -17,15 +54,83 @@ def scores(
 
 
 @indexer_logits.impl("cuda", "triton", contract=1, needs=("triton>=3.6",), rank=1)
-def tiled(
-    q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor, ks: Tensor, ke: Tensor
-) -> Tensor:
+def tiled(q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor, ks: Tensor, ke: Tensor) -> Tensor:
     """Any dtype; a program per tile of keys and some rows."""
     return portable.ragged(q, k, k_scale, weights, ks, ke)
 
 
-def into(
-    out: Tensor, q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor, ks: Tensor, ke: Tensor
-) -> None:
-    """Scores into `out` [tokens, context] fp32, whose rows may lie apart; all of it is written."""
-    portable.ragged_into(out, q, k, k_scale, weights, ks, ke)
+def scores_why_not(
+    q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor, ks: Tensor, ke: Tensor
+) -> str | None:
+    """What the CUDA kernel does not take."""
+    if q.dtype != torch.float8_e4m3fn:
+        return f"q is {q.dtype}; it takes float8_e4m3fn"
+    if q.shape[1] not in (32, 64) or q.shape[2] != DIM:
+        return f"q has {q.shape[1]} heads of {q.shape[2]}; it takes 32 or 64 heads of {DIM}"
+    return None
+
+
+@indexer_logits.impl(
+    "cuda", "cuda", contract=1, arch=("sm90",), needs=_nvrtc.NEEDS, rank=2, why_not=scores_why_not
+)
+def streamed(
+    q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor, ks: Tensor, ke: Tensor
+) -> Tensor:
+    """Persistent blocks, to which the tiles inside the rows' ranges are dealt evenly."""
+    out = torch.empty(q.shape[0], k.shape[0], device=q.device)
+    _launch(q, k, k_scale, weights, ks, ke, out, True)
+    return out
+
+
+def scores_into(
+    q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor, ks: Tensor, ke: Tensor, out: Tensor, *,
+    clean: bool,
+) -> None:  # fmt: skip
+    """Scores into `out` [tokens, context] fp32, whose rows may lie apart. Unless `clean`, what lies
+    outside a row's range may stay as it is."""
+    if scores_why_not(q, k, k_scale, weights, ks, ke) is None:
+        _launch(q, k, k_scale, weights, ks, ke, out, clean)
+    else:
+        portable.ragged_into(out, q, k, k_scale, weights, ks, ke)
+
+
+def _launch(
+    q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor, ks: Tensor, ke: Tensor, out: Tensor,
+    clean: bool,
+) -> None:  # fmt: skip
+    (tokens, heads, _), context = q.shape, k.shape[0]
+    if not tokens or not context:
+        return
+    q, k = _readable(q), _readable(k)
+    k_scale, weights, ks, ke = (
+        t if t.stride(-1) == 1 else t.contiguous() for t in (k_scale, weights, ks, ke)
+    )
+    args = ARGS.pack(
+        k_scale.data_ptr(), weights.data_ptr(), ks.data_ptr(), ke.data_ptr(), weights.stride(0),
+        out.stride(0), tokens, context, clean,
+    )  # fmt: skip
+    config = SPACE.pick(heads=heads)
+    queries = _nvrtc.tensor_map(q, (COLUMNS // heads, heads, DIM), swizzle=128)
+    keys = _nvrtc.tensor_map(k.unsqueeze(0), (1, KEYS, DIM), swizzle=128)
+    _nvrtc.module("indexer_logits.cu", defines(heads, config)).launch(
+        "scores",
+        (PROCESSORS,),
+        (128 * WARPGROUPS,),
+        (queries, keys, args, out),
+        shared=shared_bytes(config),
+    )
+
+
+def defines(heads: int, config: Config) -> tuple[tuple[str, int], ...]:
+    """The macros of `_kernels/indexer_logits.cu`."""
+    return ("HEADS", heads), ("RUN", config.run), ("STAGES", config.stages)
+
+
+def _readable(t: Tensor) -> Tensor:
+    """`t`, or a copy where the copy engine could not read it: addresses and strides are multiples
+    of 16 bytes there."""
+    ragged = t.stride(-1) != 1 or t.data_ptr() % 16 or any(s % 16 for s in t.stride()[:-1])
+    return t.clone(memory_format=torch.contiguous_format) if ragged else t
+
+
+from dsa_hal.backends.cuda._adapters import deepgemm  # noqa: E402, F401

@@ -18,8 +18,8 @@ def _why_not(x: Tensor, ids: Tensor, *, experts: int, align: int = 1) -> str | N
 def permuted(
     x: Tensor, ids: Tensor, *, experts: int, align: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """One program per row of the result, or per part of a wide one."""
+    """One program per token, or per part of a wide one."""
     from dsa_hal.backends.portable._kernels import moe
 
     rows = permuted_rows(ids.numel(), experts, align)
-    return moe.permuted(x, ids, experts=experts, align=align, rows=rows)
+    return moe.permuted(x, ids, experts=experts, align=align, rows=rows)[:3]

@@ -6,9 +6,7 @@ from dsa_hal.backends.portable.rows import power_of_two, too_wide
 from dsa_hal.ops.quant import quantize_fp8
 
 
-def _why_not(
-    x: Tensor, *, group: int = 128, block_rows: int = 1, pow2: bool = True
-) -> str | None:
+def _why_not(x: Tensor, *, group: int = 128, block_rows: int = 1, pow2: bool = True) -> str | None:
     return too_wide(power_of_two(group) * power_of_two(block_rows), "a block (in powers of two)")
 
 

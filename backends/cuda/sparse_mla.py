@@ -3,13 +3,10 @@
 import torch
 from torch import Tensor
 
-from dsa_hal.backends.cuda import _nvrtc
+from dsa_hal.backends.cuda import _prefill
 from dsa_hal.backends.cuda._limits import LIMITS
 from dsa_hal.backends.portable.sparse_mla import forward
 from dsa_hal.ops.attention import sparse_mla
-
-PROCESSORS = 132
-"""Multiprocessors of the H200: one block on each."""
 
 WIDEST = 512
 """Columns of a value that the Triton body holds in registers."""
@@ -74,15 +71,11 @@ def _cuda_why_not(
     q: Tensor, kv: Tensor, indices: Tensor, *, softmax_scale: float, dim_v: int = 512,
     attn_sink: Tensor | None = None, topk_length: Tensor | None = None,
 ) -> str | None:  # fmt: skip
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"q is {q.dtype}; it takes bfloat16 and float16"
-    if dim_v != 512 or q.shape[2] not in (512, 576):
-        return f"keys have {q.shape[2]} columns, {dim_v} of them values; it takes 512 or 576, 512"
-    return None
+    return _prefill.why_not(q.dtype, q.shape[2], dim_v)
 
 
 @sparse_mla.impl(
-    "cuda", "cuda", contract=1, arch=("sm90",), needs=_nvrtc.NEEDS, rank=2,
+    "cuda", "cuda", contract=1, arch=("sm90",), needs=_prefill.NEEDS, rank=2,
     promises=("deterministic", "lse=natural"), why_not=_cuda_why_not,
 )  # fmt: skip
 def staged(
@@ -91,39 +84,14 @@ def staged(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Persistent blocks for 64 heads of a query, filled up where there are fewer: four warpgroups
     gather, score and mix at the same time."""
-    (tokens, heads, dim), k = q.shape, indices.shape[1]
-    out = torch.empty(tokens, heads, dim_v, dtype=q.dtype, device=q.device)
-    top = torch.empty(tokens, heads, device=q.device)
-    lse = torch.empty(tokens, heads, device=q.device)
-    if tokens == 0:
-        return out, top, lse
-    q, kv = _aligned(q), _aligned(kv)
-    defines = (("WIDTH", dim), ("HALF", 1))[: 2 if q.dtype == torch.float16 else 1]
-    _nvrtc.module("sparse_prefill.cu", defines).launch(
-        "attend", (min(PROCESSORS, tokens * -(-heads // 64)),), (512,),
-        (
-            q, kv, indices, 0 if topk_length is None else topk_length,
-            0 if attn_sink is None else attn_sink, out, top, lse, q.stride(0), q.stride(1),
-            kv.stride(0), indices.stride(0), tokens, heads, kv.shape[0], k, softmax_scale,
-        ),
-        shared=shared_bytes(dim),
-    )  # fmt: skip
-    return out, top, lse
-
-
-def shared_bytes(dim: int) -> int:
-    """Shared memory of a block of `sparse_prefill.cu`: three tiles of keys, five or four pieces of
-    Q, two tiles of P, and small things."""
-    pieces = dim // 64
-    return 3 * pieces * 48 * 128 + (pieces - 4) * 8192 + 2 * 8192 + 1024
-
-
-def _aligned(t: Tensor) -> Tensor:
-    """`t` with rows that begin at multiples of 16 bytes, as they are copied; a copy if need be."""
-    ragged = t.data_ptr() % 16 or any(s * t.element_size() % 16 for s in t.stride()[:-1])
-    return t.contiguous().clone() if ragged else t
+    return _prefill.selected(
+        q, kv, indices, softmax_scale=softmax_scale, attn_sink=attn_sink, topk_length=topk_length
+    )
 
 
 def power_of_two(columns: int) -> int:
     """The least width of a tile, a power of two, that holds so many columns."""
     return max(16, 1 << (columns - 1).bit_length())
+
+
+from dsa_hal.backends.cuda._adapters import flashmla  # noqa: E402, F401

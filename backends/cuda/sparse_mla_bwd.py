@@ -1,10 +1,78 @@
 """sparse_mla_bwd on NVIDIA GPUs."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
 
+from dsa_hal.autotune.space import Space
 from dsa_hal.backends.cuda._limits import LIMITS, REPEATING
+from dsa_hal.backends.cuda.sparse_mla import power_of_two
 from dsa_hal.backends.portable.sparse_mla import backward
 from dsa_hal.ops.training import sparse_mla_bwd
+
+
+@dataclass(frozen=True)
+class Config:
+    """Keys of a tile and warps of a program."""
+
+    keys: int
+    warps: int
+
+
+def _legal(*, rows: int, width: int) -> list[Config]:
+    """For programs of so many heads with so many columns of a value."""
+    if width <= 128:
+        return [Config(32, 4)]
+    found = [Config(32, 8), Config(16, 8)]
+    return [*found, Config(32, 16)] if rows == 64 else found
+
+
+SPACE = Space("sparse_mla_bwd/triton", Config, _legal)
+
+
+def _triton_why_not(
+    q: Tensor, kv: Tensor, indices: Tensor, out: Tensor, lse: Tensor, dout: Tensor, *,
+    softmax_scale: float, dim_v: int = 512, topk_length: Tensor | None = None,
+    deterministic: bool = False,
+) -> str | None:  # fmt: skip
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"q is {q.dtype}; it takes bfloat16 and float16"
+    if dim_v > 512 or q.shape[2] - dim_v > 128:
+        return f"keys have {dim_v} and {q.shape[2] - dim_v} columns; it takes up to 512 and 128"
+    return None
+
+
+@sparse_mla_bwd.impl(
+    "cuda", "triton", contract=1, arch=("sm90",), needs=("triton>=3.6",), rank=2, promises=(),
+    why_not=_triton_why_not,
+)  # fmt: skip
+def tiled(
+    q: Tensor, kv: Tensor, indices: Tensor, out: Tensor, lse: Tensor, dout: Tensor, *,
+    softmax_scale: float, dim_v: int = 512, topk_length: Tensor | None = None,
+    deterministic: bool = False,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """A program per query and block of heads; gradients of keys are added up atomically."""
+    from dsa_hal.backends.portable._kernels import sparse_mla as kernels
+
+    (tokens, heads, dim), k = q.shape, indices.shape[1]
+    dq = torch.empty(tokens, heads, dim, dtype=q.dtype, device=q.device)
+    dkv = torch.zeros(kv.shape, device=q.device)
+    if tokens == 0:
+        return dq, dkv
+    block = 16 if heads <= 16 else 32 if heads <= 32 else 64
+    config = SPACE.pick(rows=block, width=dim_v)
+    kernels.differentiate[(-(-heads // block), tokens)](
+        q, kv, indices, topk_length, out, lse, dout, dq, dkv,
+        q.stride(0), q.stride(1), kv.stride(0), indices.stride(0), out.stride(0), out.stride(1),
+        lse.stride(0), dout.stride(0), dout.stride(1), kv.shape[0], heads, k, softmax_scale,
+        WIDTH=dim, VALUES=dim_v, VALUE_BLOCK=power_of_two(dim_v),
+        REST_BLOCK=power_of_two(dim - dim_v), HAS_LENGTHS=topk_length is not None,
+        HEADS_BLOCK=block, KEYS_BLOCK=config.keys, num_warps=config.warps, num_stages=1,
+    )  # fmt: skip
+    return dq, dkv
 
 
 @sparse_mla_bwd.impl("cuda", "torch", contract=1, rank=1, promises=())

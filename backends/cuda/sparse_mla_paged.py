@@ -13,6 +13,12 @@ from dsa_hal.ops.attention import sparse_mla_paged
 PROMISES = ("deterministic", "lse=natural")
 LAYOUT = "latent_fp8/512+64"
 LOG2E = 1.4426950408889634
+ALONE, PLANNED, JOINED = range(3)
+"""The kernel's modes: a row in one piece, pieces as a schedule says, or pieces that the blocks of a
+cluster join among themselves."""
+
+CLUSTER = 8
+"""Blocks that a cluster can have everywhere."""
 
 
 @cache
@@ -56,6 +62,13 @@ def aligned(t: Tensor, bytes: int = 16) -> bool:
     return t.stride(-1) == 1 and t.data_ptr() % bytes == 0 and not any(s % bytes for s in steps)
 
 
+def quotient(divisor: int) -> tuple[int, int]:
+    """(m, s) with n * m >> s equal to n // divisor for every n below 2^31: m is 2^s / divisor,
+    rounded up, and its excess over n stays below one part in divisor."""
+    shift = 31 + (divisor - 1).bit_length()
+    return -(-(1 << shift) // divisor), shift
+
+
 @sparse_mla_paged.impl(
     "cuda", "cuda", contract=1, arch=("sm90",), needs=("triton>=3.6", *_nvrtc.NEEDS), rank=-1,
     promises=PROMISES, why_not=_why_not,
@@ -72,7 +85,7 @@ def hopper(
             attn_sink=attn_sink, topk_length=topk_length, schedule=schedule, num_splits=num_splits,
         )  # fmt: skip
     (batch, next_n, heads, _), k = q.shape, indices.shape[-1]
-    rows, device = batch * next_n, q.device
+    rows, device, page_size = batch * next_n, q.device, pages.shape[1]
     out = torch.empty(batch, next_n, heads, dim_v, dtype=q.dtype, device=device)
     lse = torch.empty(batch, heads, next_n, dtype=torch.float32, device=device)
     if not out.numel():
@@ -81,14 +94,16 @@ def hopper(
     tile = 64 if heads > 32 else 32 if heads > 16 else 16
     head_blocks, blocks = -(-heads // tile), -(-k // BLOCK)
     if schedule is None:
-        splits = splits_of(rows * head_blocks, blocks, processors(device.index))
+        most = min(blocks, CLUSTER)
+        splits = splits_of(rows * head_blocks, blocks, processors(device.index), most)
+        mode = ALONE if splits == 1 else JOINED
         span, pieces, grid = -(-blocks // splits), rows * splits, (rows * head_blocks, splits)
     else:
         schedule, num_splits = schedule.contiguous(), num_splits.contiguous()
-        workers = schedule.shape[0]
+        mode, workers = PLANNED, schedule.shape[0]
         splits, span, pieces, grid = workers, 0, rows + workers, (workers * head_blocks, 1)
     part = part_lse = lse
-    if splits > 1:
+    if mode == PLANNED:
         part = torch.empty(pieces, heads, dim_v, dtype=torch.float32, device=device)
         part_lse = torch.empty(pieces, heads, dtype=torch.float32, device=device)
     sink = None if attn_sink is None else attn_sink.contiguous()
@@ -98,15 +113,19 @@ def hopper(
 
     lengths = (0, 0) if topk_length is None else topk_length.stride()
     work = struct.pack(
-        "<Q3qQqQ3qQ2q7Qf8i", q.data_ptr(), *q.stride()[:3], pages.data_ptr(), pages.stride(0),
+        "<Q3qQqQ3qQ2q7Qf8iIi4x", q.data_ptr(), *q.stride()[:3], pages.data_ptr(), pages.stride(0),
         indices.data_ptr(), *indices.stride(), at(topk_length), *lengths, at(sink), at(out),
         at(lse), at(part), at(part_lse), at(schedule), at(num_splits), softmax_scale * LOG2E, rows,
-        next_n, heads, k, pages.shape[1], pages.shape[0] * pages.shape[1], span, splits,
+        next_n, heads, k, page_size, pages.shape[0] * page_size, span, splits,
+        *quotient(page_size),
     )  # fmt: skip
-    work += bytes(-len(work) % 8)
-    module = _nvrtc.module("sparse_decode.cu", (("HEADS", tile),))
-    shared = 9 * tile * 128 + 2 * (65536 + 8192) + 256 * 8 + 64 + 1024
-    module.kernel("sparse_decode", device.index).launch(grid, (384,), (work,), shared, None)
-    if splits > 1:
-        join(part, part_lse, num_splits, attn_sink, out, lse, 0 if schedule is not None else splits)
+    module = _nvrtc.module("sparse_decode.cu", (("HEADS", tile), ("MODE", mode)))
+    shared = 9 * tile * 128 + 2 * (65536 + 8192) + 512 * 8 + 4 * 512 + 64 + 1024
+    cluster = (1, splits) if mode == JOINED else None
+    module.kernel("sparse_decode", device.index).launch(grid, (384,), (work,), shared, cluster)
+    if mode == PLANNED:
+        join(part, part_lse, num_splits, attn_sink, out, lse, 0)
     return out, lse
+
+
+from dsa_hal.backends.cuda._adapters import flashmla  # noqa: E402, F401

@@ -6,9 +6,7 @@ from dsa_hal.ops.cache import store_index_key
 
 
 @store_index_key.impl("cuda", "triton", contract=1, arch=("sm90",), needs=("triton>=3.6",))
-def store(
-    pages: Tensor, k: Tensor, slots: Tensor, *, layout: str, pow2: bool = True
-) -> None:
+def store(pages: Tensor, k: Tensor, slots: Tensor, *, layout: str, pow2: bool = True) -> None:
     """Quantised and written in one launch."""
     from dsa_hal.backends.portable._kernels.cache import stored
 

@@ -21,30 +21,37 @@ class Config:
     """cluster   blocks that share a row
     threads   of a block
     per       scores of a thread in a tile
-    resident  blocks on a processor at a time, for which the compiler leaves room
+    resident  blocks on a processor at a time
     """
 
     cluster: int
     threads: int = 256
-    per: int = 8
-    resident: int = 4
+    per: int = 16
+    resident: int = 3
+
+    def capacity(self, k: int) -> int:
+        """Entries of a block's list: k and a tile at least, and as many as a sample's guess lets
+        in."""
+        return 6144 if k <= 2048 else 8192
+
+    def shared(self, k: int) -> int:
+        """Bytes of shared memory of a block."""
+        return HEADER + ENTRY * self.capacity(k)
 
 
-def legal(*, rows: int, n: int, processors: int) -> list[Config]:
-    """Clusters for rows of n scores, the best guess first: as large as keeps every block resident
-    and busy with a tile of its own."""
+def legal(*, rows: int, n: int, k: int, processors: int) -> list[Config]:
+    """Plans for rows of n scores, the best guess first. Few rows: clusters as large as the
+    processors and the row's tiles allow; many: a block takes several, one after another."""
     best = 1
-    while best < 8 and 2 * best * rows <= 4 * processors and n >= 2 * best * 4096:
+    while best < 8 and 2 * best * rows <= processors and n >= 2 * best * 4096:
         best *= 2
-    return [Config(best), *(Config(c) for c in (1, 2, 4, 8) if c != best)]
+    alone = [Config(c, threads=512, per=8, resident=1) for c in (1, 2, 4, 8)]
+    shared = [Config(c) for c in (1, 2, 4, 8)]
+    first = (alone if best * rows <= processors else shared)[best.bit_length() - 1]
+    return [first, *(c for c in (*alone, *shared) if c != first)]
 
 
 SPACE = Space(name="topk/cuda", kind=Config, legal=legal)
-
-
-def capacity(k: int, tile: int) -> int:
-    """Entries of a block's list: k and a tile at least, and as many as a sample's guess lets in."""
-    return max(6144, k + tile, 2 * k)
 
 
 def run(logits: Tensor, k: int, starts: Tensor | None, ends: Tensor | None, out: Tensor) -> None:
@@ -54,18 +61,23 @@ def run(logits: Tensor, k: int, starts: Tensor | None, ends: Tensor | None, out:
         return
     if logits.stride(1) != 1 and n > 1:
         logits = logits.contiguous()  # vectors of 16 bytes are read
-    config = SPACE.pick(
-        rows=min(rows, 1 << 10), n=1 << n.bit_length(), processors=processors(logits.device.index)
-    )
+    count = processors(logits.device.index)
+    config = SPACE.pick(rows=min(rows, count + 1), n=1 << n.bit_length(), k=k, processors=count)
+    shared = config.shared(k)
+    defines = (
+        ("THREADS", config.threads), ("PER", config.per), ("RESIDENT", config.resident),
+        ("CAP", config.capacity(k)), ("BYTES", shared),
+    )  # fmt: skip
     name = "topk_fp32" if logits.dtype == torch.float32 else "topk_bf16"
     bounds = [0 if t is None else t if t.stride(0) == 1 else t.contiguous() for t in (starts, ends)]
-    cap = capacity(k, config.threads * config.per)
-    args = (logits, *bounds, out, logits.stride(0), n, k, cap)
-    grid, cluster = (rows * config.cluster,), (config.cluster,)
-    defines = ("THREADS", config.threads), ("PER", config.per), ("RESIDENT", config.resident)
+    blocks = rows * config.cluster
+    if config.cluster == 1:
+        blocks = min(blocks, config.resident * count)
     _nvrtc.module("topk.cu", defines).launch(
-        name, grid, (config.threads,), args, shared=HEADER + ENTRY * cap, cluster=cluster
-    )
+        name, (blocks,), (config.threads,),
+        (logits, *bounds, out, logits.stride(0), rows, n, k), shared=shared,
+        cluster=(config.cluster,),
+    )  # fmt: skip
 
 
 @cache
@@ -92,3 +104,6 @@ def best(
 ) -> Tensor:  # fmt: skip
     """torch's own selection on masked copies of some rows."""
     return largest(logits, k, starts, ends, ties=ties, limits=LIMITS)
+
+
+from dsa_hal.backends.cuda._adapters import flashinfer  # noqa: E402, F401

@@ -22,23 +22,18 @@ class Config:
 
 def legal(*, tokens: int, heads: int, dim: int, bytes: int) -> Sequence[Config]:
     """Tiles whose keys and products stay in registers and shared memory."""
-    rows = 1 if tokens <= 16 else 16
     if bytes == 4:  # products on the processor's own arithmetic
-        return [Config(32, min(rows, 4), 4, 1), Config(32, 1, 4, 1)]
-    keys = 128 if bytes == 1 or dim <= 128 else 64
-    stages = 3 if bytes == 1 else 2
-    return [
-        Config(keys, rows, 4, stages),
-        Config(keys, min(rows, 4), 4, stages),
-        Config(64, rows, 4, 2),
-    ]
+        return [Config(32, 4 if tokens > 4 else 1, 4, 1)]
+    rows = (1,) if tokens <= 4 else (16,) if tokens < 1024 else (64, 16)
+    keys, stages = (128, 3) if bytes == 1 or dim <= 128 else (64, 2)
+    return [*(Config(keys, r, 4, stages) for r in rows), Config(64, rows[-1], 4, 4)]
 
 
 RAGGED = Space(name="indexer_logits/triton", kind=Config, legal=legal)
 PAGED = Space(name="indexer_logits_paged/triton", kind=Config, legal=legal)
 
 
-def _blocks(heads: int, dim: int) -> dict[str, int]:
+def blocks(heads: int, dim: int) -> dict[str, int]:
     """Sizes of tiles that the products of tiles demand: powers of two, 16 at least."""
     block = max(16, min(64, 1 << (heads - 1).bit_length()))
     width = max(32, 1 << (dim - 1).bit_length())
@@ -64,7 +59,7 @@ def ragged_into(
     ragged[-(-tokens // config.rows), -(-context // config.keys)](
         q, k, _dense(k_scale), weights, _dense(ks), _dense(ke), out,
         q.stride(0), q.stride(1), k.stride(0), weights.stride(0), out.stride(0),
-        tokens, context, heads, **_blocks(heads, dim), BN=config.keys, BM=config.rows,
+        tokens, context, heads, **blocks(heads, dim), BN=config.keys, BM=config.rows,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip
 
@@ -91,7 +86,7 @@ def paged_into(
         q, keys, scale, weights, context_lens, block_table, out, *q.stride()[:3],
         *keys.stride()[:2], *scale.stride()[:2], weights.stride(0), context_lens.stride(0),
         block_table.stride(0), out.stride(0), next_n, context, heads, pages.shape[1],
-        pages.shape[0], **_blocks(heads, dim), BN=config.keys,
+        pages.shape[0], **blocks(heads, dim), BN=config.keys,
         BQ=1 << (next_n - 1).bit_length(), SCALED=form.group > 0,
         num_warps=config.warps, num_stages=config.stages,
     )  # fmt: skip

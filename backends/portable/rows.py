@@ -3,7 +3,6 @@ how many warps. No Triton here, so that a search can ask anywhere."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -35,36 +34,38 @@ def power_of_two(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
-def _around(rows: int, warps: int) -> Iterator[tuple[int, int]]:
-    """A guess, then its neighbours."""
+def _fitting(guess: RowTile, width: int, least: int, most: int) -> list[RowTile]:
+    """The guess, then what lies around it and leaves each thread 1 to 64 elements."""
+    found = [guess]
     for up in (0, -1, 1, 2):
         for wider in (0, -1, 1):
-            yield int(rows * 2.0**up), int(warps * 2.0**wider)
-
-
-def _fitting(rows: int, width: int, least: int, most: int) -> list[RowTile]:
-    """Tiles around the best guess that leave each thread 1 to `most` elements. A guess has about 16
-    a thread: two loads of 16 bytes of bf16."""
-    best = least
-    while best < most and 2 * best * width <= 4096 and rows >= SPREAD * 2 * best:
-        best *= 2
-    guess = min(16, max(1, best * width // 512))
-    found = [RowTile(best, guess)]
-    for height, warps in _around(best, guess):
-        held = height * width / (warps * LANES) if warps else 0
-        if least <= height <= most and 1 <= warps <= 16 and 1 <= held <= 64:
-            found.append(RowTile(height, warps))
+            rows, warps = int(guess.rows * 2.0**up), int(guess.warps * 2.0**wider)
+            if least <= rows <= most and 1 <= warps <= 16:
+                held = rows * width / (warps * LANES)
+                found += [RowTile(rows, warps)] if 1 <= held <= 64 else []
     return list(dict.fromkeys(found))
 
 
+def _height(rows: int, width: int, least: int, elements: int) -> int:
+    """Rows for a program of `elements`, fewer while there would be few programs."""
+    best = least
+    while 2 * best * width <= elements and rows >= SPREAD * 2 * best:
+        best *= 2
+    return best
+
+
 def tiles(*, rows: int, width: int) -> list[RowTile]:
-    """For rows of `width` elements (a power of two) that need nothing of each other."""
-    return _fitting(rows, width, 1, 64)
+    """For rows of `width` elements (a power of two) that need nothing of each other. Narrow rows
+    are taken 16 at a time, wide ones up to four; a warp has 512 elements, or more of wide rows."""
+    best = _height(rows, width, 1, max(min(16 * width, 4096), min(4 * width, 16384)))
+    warps = min(16, max(1, best * width // 512), max(4, width // 1024))
+    return _fitting(RowTile(best, warps), width, 1, 64)
 
 
 def products(*, rows: int, width: int) -> list[RowTile]:
-    """For rows that go through a matrix unit, which takes 16 at least."""
-    return _fitting(rows, width, 16, 128)
+    """For rows that go through a matrix unit, which takes 16 at least, and 64 with four warps at
+    its best."""
+    return _fitting(RowTile(_height(rows, width, 16, 8192), 4), width, 16, 128)
 
 
 SPACES = {

@@ -36,12 +36,12 @@ def legal(*, heads: int, width: int, bytes: int) -> Sequence[Config]:
 SPACE = Space(name="sparse_mla_paged/triton", kind=Config, legal=legal)
 
 
-def splits_of(work: int, blocks: int, processors: int) -> int:
+def splits_of(work: int, blocks: int, processors: int, most: int) -> int:
     """Into how many pieces a row's `blocks` are cut, where `work` programs would run unsplit: the
     number with the fewest blocks in a row on the busiest processor, each piece paying for two more
-    blocks to start and to join."""
+    blocks to start and to join. At most `most`, and none without a block."""
     best, least = 1, None
-    for splits in range(1, min(blocks, max(1, 2 * processors // max(1, work))) + 1):
+    for splits in range(1, min(most, max(1, 2 * processors // max(1, work))) + 1):
         waves = -(-work * splits // processors)
         cost = waves * (-(-blocks // splits) + 2) + (2 if splits > 1 else 0)
         if least is None or cost < least:
@@ -81,7 +81,7 @@ def forward(
     grid: tuple[int, ...]
     if schedule is None:
         blocks = -(-k // BLOCK)
-        splits = splits_of(rows * head_blocks, blocks, processors)
+        splits = splits_of(rows * head_blocks, blocks, processors, blocks)
         span, pieces, workers = -(-blocks // splits) * BLOCK, rows * splits, 0
         grid = rows * head_blocks, splits
     else:

@@ -157,6 +157,12 @@ def whole(least: int, most: float = math.inf) -> Callable[[str], int]:
     return parse
 
 
+def numbers(least: int, most: float = math.inf) -> Callable[[str], list[int]]:
+    """An argparse type: whole numbers within bounds, separated by commas, each once."""
+    one = whole(least, most)
+    return lambda text: list(dict.fromkeys(one(part) for part in text.split(",")))
+
+
 def real(least: float, most: float = math.inf, *, above: bool = False) -> Callable[[str], float]:
     """An argparse type: a finite number within bounds; `above` leaves the lower bound out."""
 

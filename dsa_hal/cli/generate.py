@@ -59,6 +59,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--max-context", type=choose.whole(1), metavar="N", help="a limit below the model's own")
     add("--prefill-chunk", type=choose.whole(1), default=1024, metavar="N",
         help="prompt tokens per step; fewer need less memory; default 1024")  # fmt: skip
+    add("--no-recording", action="store_true",
+        help="let the host launch every step, also where the device could replay one")  # fmt: skip
     add(
         "--jsonl",
         action="store_true",
@@ -110,6 +112,7 @@ def _settings(args: argparse.Namespace) -> Settings:
         prefill_chunk=args.prefill_chunk,
         max_context=args.max_context,
         chat=True if args.chat else False if args.raw else None,
+        record=not args.no_recording,
     )
 
 

@@ -1,7 +1,9 @@
-"""What the sparse attention of a checkpoint costs in quality, on text it was not trained on.
+"""What the sparse attention of a checkpoint costs: in quality, on text it was not trained on, and
+in time, by position.
 
   dsa-hal report quality --plot quality.png --json quality.json
   dsa-hal report quality --model DeepSeek-V3.2-Exp --text mine.jsonl --parts perplexity,recall
+  dsa-hal report cost --published --plot cost.png --json cost.json
 
 perplexity: of dense attention, of DSA, of DSA in FP8, and, to show what the indexer is worth, of
 the latest and of random keys in place of those it selects. Unquantised weights are those of
@@ -15,16 +17,20 @@ needle: sentences with a code are hidden in the text, one at each depth, and eac
 the end. None of the things asked for had a code in the built-in model's training.
 
 Recall and needles are measured on the checkpoint as it is stored.
+
+cost: one layer with its own weights (or, with --published, one of DeepSeek-V3.2 with random ones)
+and caches of random content, at each position: a prefill step that ends there, and decoding of a
+batch. Without sparse attention the layer expands its latents in prefill and decodes in the absorbed
+form over bf16 latents.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from dsa_hal.cli import choose, output
+from dsa_hal.cli import choose, cost, output
 from dsa_hal.errors import Absent, BadInput
 from dsa_hal.model.builtin import HELDOUT, builtin_checkpoint
 from dsa_hal.model.quality.perplexity import Perplexity
@@ -33,7 +39,7 @@ from dsa_hal.model.quality.report import PARTS, Plan, Quality, Subject, measure,
 from dsa_hal.model.quality.selectors import label
 from dsa_hal.selection import Unsupported, current
 
-REPORTS = ("quality",)
+REPORTS = ("quality", "cost")
 CONTEXT, WINDOWS, SAMPLES = 4096, 3, 2
 DEPTHS = (0, 25, 50, 75, 100)
 
@@ -42,6 +48,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("report", choices=REPORTS)
     add("--model", type=Path, metavar="DIR", help="checkpoint folder; default: the built-in model")
+    add("--backend", nargs="+", action="extend", metavar="NAME",
+        help="measure on each of them (a cost: on one); default: DSA_HAL_BACKEND's")  # fmt: skip
+    add("--json", type=Path, metavar="FILE", help="write all results there")
+    add("--plot", type=Path, metavar="FILE.png", help="draw them there; needs matplotlib")
+    cost.arguments(parser)
+    add = parser.add_argument_group("quality").add_argument
     add("--unquantised", type=Path, metavar="DIR",
         help="what to compare FP8 weights with; default: the same, multiplied out")  # fmt: skip
     add("--text", type=Path, metavar="FILE",
@@ -51,23 +63,21 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--context", type=choose.whole(2), default=CONTEXT, metavar="N",
         help=f"tokens per window of text; default {CONTEXT}")  # fmt: skip
     add("--windows", type=choose.whole(1), default=WINDOWS, metavar="N", help=f"default {WINDOWS}")
-    add("--needle-lengths", type=_numbers(1), metavar="N,...",
+    add("--needle-lengths", type=choose.numbers(1), metavar="N,...",
         help="default: an eighth, a quarter, a half and the whole of the context")  # fmt: skip
-    add("--needle-depths", type=_numbers(0, 100), default=DEPTHS, metavar="PERCENT,...",
+    add("--needle-depths", type=choose.numbers(0, 100), default=DEPTHS, metavar="PERCENT,...",
         help=f"default {','.join(map(str, DEPTHS))}")  # fmt: skip
     add("--samples", type=choose.whole(1), default=SAMPLES, metavar="N",
         help=f"haystacks of each length; default {SAMPLES}")  # fmt: skip
     add("--seed", type=choose.whole(0, 2**62), default=0, metavar="N",
         help="of windows, needles and random keys; default 0")  # fmt: skip
-    add("--backend", nargs="+", action="extend", metavar="NAME",
-        help="measure on each of them; default: DSA_HAL_BACKEND's")  # fmt: skip
-    add("--json", type=Path, metavar="FILE", help="write all results there")
-    add("--plot", type=Path, metavar="FILE.png", help="draw them there; needs matplotlib")
 
 
 def run(args: argparse.Namespace) -> int:
     for path in filter(None, (args.json, args.plot)):
         output.must_be_writable(path)
+    if args.report == "cost":
+        return cost.run(args)
     draw = choose.picture("picture", "quality") if args.plot is not None else None
     asked, wanted, text = _request(args)
     results = _on_each_backend(args.backend, asked, wanted)
@@ -130,12 +140,6 @@ def _on_each_backend(
                 raise
             results[name] = str(error)
     return results
-
-
-def _numbers(least: int, most: float = float("inf")) -> Callable[[str], list[int]]:
-    """An argparse type: whole numbers within bounds, separated by commas, each once."""
-    one = choose.whole(least, most)
-    return lambda text: list(dict.fromkeys(one(part) for part in text.split(",")))
 
 
 # -- telling -----------------------------------------------------------------------------------

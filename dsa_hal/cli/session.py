@@ -32,6 +32,7 @@ class Settings:
     prefill_chunk: int
     max_context: int | None
     chat: bool | None
+    record: bool = True
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ class Session:
                 self.path, precision=precision, progress=step, check_finite=check_finite,
                 max_context=self.settings.max_context,
             )  # fmt: skip
+        self.model.record = self.settings.record
         for line in self.model.notes:
             output.note(line)
         took = output.duration(time.monotonic() - began)

@@ -7,6 +7,7 @@ from functools import cache
 from types import ModuleType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -28,5 +29,13 @@ def accepts(fn: Callable[..., Any], argument: str) -> bool:
 
 
 def dense(tensor: Tensor) -> Tensor:
-    """The tensor, or a copy where it has gaps that a library's own checks refuse."""
-    return tensor if tensor.is_contiguous() else tensor.contiguous()
+    """The tensor without gaps and from a multiple of 16 bytes on, which copy engines insist on; a
+    copy where it is not so. Axes of size 1 get the stride that libraries' own checks expect."""
+    if not tensor.is_contiguous() or tensor.data_ptr() % 16:
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+    return tensor.view(-1).view(tensor.shape)
+
+
+def rows_dense(tensor: Tensor) -> Tensor:
+    """The tensor with rows wherever they lie, but without gaps inside a row."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()

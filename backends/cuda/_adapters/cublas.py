@@ -7,8 +7,8 @@ from torch.nn.functional import pad
 from dsa_hal.backends.cuda._adapters._library import dense
 from dsa_hal.ops.gemm import fp8_gemm
 
-SCALE_ROWS = 4
-"""b's scales, transposed, have a multiple of this many rows."""
+ROWS = 4
+"""Rows of a, and of b's scales transposed, are filled up to multiples of this."""
 
 
 def _why_not(
@@ -24,7 +24,7 @@ def _why_not(
 
 
 @fp8_gemm.impl(
-    "cuda", "cublas", contract=1, arch=("sm90",), needs=("torch>=2.10",), rank=1, why_not=_why_not
+    "cuda", "cublas", contract=1, arch=("sm90",), needs=("torch>=2.10",), rank=-2, why_not=_why_not
 )
 def product(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *,
@@ -33,11 +33,15 @@ def product(
     """`scaled_mm`, for which a's scales are transposed at every call."""
     from torch.nn.functional import ScalingType, scaled_mm
 
-    if not a.shape[0]:
+    m = a.shape[0]
+    if not m:
         return torch.empty(0, b.shape[0], dtype=out_dtype, device=a.device)
-    missing = -b_scale.shape[1] % SCALE_ROWS
-    b_scale = pad(b_scale, (0, missing)) if missing else dense(b_scale)
-    return scaled_mm(
+    missing = (0, 0, 0, -m % ROWS)
+    if missing[-1]:
+        a, a_scale = pad(a.view(torch.uint8), missing).view(a.dtype), pad(a_scale, missing)
+    b_scale = dense(pad(b_scale, (0, -b_scale.shape[1] % ROWS)))
+    found = scaled_mm(
         dense(a), dense(b).t(), a_scale.t().contiguous().t(), ScalingType.BlockWise1x128,
         b_scale.t(), ScalingType.BlockWise128x128, output_dtype=out_dtype,
     )  # fmt: skip
+    return found[:m]

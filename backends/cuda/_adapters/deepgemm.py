@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dsa_hal.backends.cuda._adapters._library import accepts, dense, imported
+from dsa_hal.backends.cuda._adapters._library import accepts, dense, imported, rows_dense
 from dsa_hal.ops.gemm import fp8_gemm, grouped_fp8_gemm, grouped_fp8_gemm_masked
 from dsa_hal.ops.indexer import indexer_logits, indexer_logits_paged
 from dsa_hal.ops.layout import KVLayout
@@ -77,7 +77,7 @@ def _fp8_why_not(
 
 
 @fp8_gemm.impl(
-    "cuda", "deepgemm", contract=1, arch=("sm90",), needs=NEEDS, rank=1, why_not=_fp8_why_not
+    "cuda", "deepgemm", contract=1, arch=("sm90",), needs=NEEDS, rank=-1, why_not=_fp8_why_not
 )
 def product(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *,
@@ -98,7 +98,7 @@ def _contiguous_why_not(
 
 
 @grouped_fp8_gemm.impl(
-    "cuda", "deepgemm", contract=1, arch=("sm90",), needs=NEEDS, rank=1,
+    "cuda", "deepgemm", contract=1, arch=("sm90",), needs=NEEDS, rank=-1,
     why_not=_contiguous_why_not,
 )  # fmt: skip
 def contiguous(
@@ -112,15 +112,18 @@ def contiguous(
     if not m:
         return torch.empty(0, n, dtype=out_dtype, device=a.device)
     place, layout = _aligned(grouped_layout, groups)
-    rows = torch.empty(layout.shape[0], k, dtype=torch.uint8, device=a.device)
-    rows[place] = a.view(torch.uint8)
-    scales = torch.ones(layout.shape[0], a_scale.shape[1], device=a.device)
+    room, wide = layout.shape[0], torch.int64  # rows move as eight bytes at a time
+    rows = torch.empty(room, k, dtype=a.dtype, device=a.device)
+    rows.view(wide)[place] = dense(a).view(wide)
+    scales = torch.ones(room, a_scale.shape[1], device=a.device)
     scales[place] = a_scale
-    found = torch.empty(layout.shape[0], n, dtype=out_dtype, device=a.device)
+    found = torch.empty(room + 1, n, dtype=out_dtype, device=a.device)
+    found[room] = 0  # the row that padding gets
     _module().m_grouped_fp8_gemm_nt_contiguous(
-        (rows.view(a.dtype), scales), (dense(b), dense(b_scale)), found, layout
+        (rows, scales), (dense(b), dense(b_scale)), found[:room], layout
     )
-    return found[place].masked_fill_(grouped_layout[:, None] < 0, 0)
+    source = torch.where(grouped_layout < 0, room, place)
+    return found.view(wide).index_select(0, source).view(out_dtype)
 
 
 def _aligned(grouped_layout: Tensor, groups: int) -> tuple[Tensor, Tensor]:
@@ -148,7 +151,7 @@ def _masked_why_not(
 
 
 @grouped_fp8_gemm_masked.impl(
-    "cuda", "deepgemm", contract=1, arch=("sm90",), needs=NEEDS, rank=1, why_not=_masked_why_not
+    "cuda", "deepgemm", contract=1, arch=("sm90",), needs=NEEDS, rank=-1, why_not=_masked_why_not
 )
 def masked(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, masked_m: Tensor, *,
@@ -195,7 +198,7 @@ def _logits_why_not(
 
 
 @indexer_logits.impl(
-    "cuda", "deepgemm", contract=1, arch=("sm90",), needs=NEEDS, rank=1, why_not=_logits_why_not
+    "cuda", "deepgemm", contract=1, arch=("sm90",), needs=NEEDS, rank=20, why_not=_logits_why_not
 )
 def scores(
     q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor, ks: Tensor, ke: Tensor
@@ -228,7 +231,7 @@ def _paged_why_not(
 
 
 @indexer_logits_paged.impl(
-    "cuda", "deepgemm", contract=1, arch=("sm90",), needs=NEEDS, rank=1, why_not=_paged_why_not
+    "cuda", "deepgemm", contract=1, arch=("sm90",), needs=NEEDS, rank=-1, why_not=_paged_why_not
 )
 def paged_scores(
     q: Tensor, pages: Tensor, weights: Tensor, context_lens: Tensor, block_table: Tensor, *,
@@ -244,7 +247,7 @@ def paged_scores(
     lengths = limits.view(-1) if _generation()[1] == "2025" else limits.contiguous()
     schedule = module.get_paged_mqa_logits_metadata(lengths, PAGE, module.get_num_sms())
     found: Tensor = module.fp8_paged_mqa_logits(
-        dense(q), pages[:, :, None], dense(weights), lengths, block_table, schedule,
+        dense(q), pages[:, :, None], dense(weights), lengths, rows_dense(block_table), schedule,
         max_context_len, clean_logits=False,
     )  # fmt: skip
     position = torch.arange(max_context_len, device=q.device)

@@ -8,7 +8,7 @@ the result after: a pass over the scores, and some over the columns, that its ow
 import torch
 from torch import Tensor
 
-from dsa_hal.backends.cuda._adapters._library import dense, imported
+from dsa_hal.backends.cuda._adapters._library import imported
 from dsa_hal.ops.select import topk
 
 MAX_K = 2048
@@ -29,7 +29,7 @@ def _why_not(
 
 
 @topk.impl(
-    "cuda", "flashinfer", contract=1, arch=("sm90",), needs=("flashinfer-python>=0.7",), rank=1,
+    "cuda", "flashinfer", contract=1, arch=("sm90",), needs=("flashinfer-python>=0.7",), rank=5,
     promises=("ties=lower",), why_not=_why_not,
 )  # fmt: skip
 def best(
@@ -44,7 +44,9 @@ def best(
     module = imported("flashinfer")
     if isinstance(module, str):
         raise ImportError(module)
-    scores = dense(logits).nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    scores = (
+        logits.float().contiguous().nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    )
     zeros = torch.zeros(rows, dtype=torch.int32, device=logits.device)
     first = zeros if starts is None else starts.clamp(0, n)
     last = zeros + n if ends is None else ends.clamp(0, n)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dsa_hal.backends.cuda._adapters._library import accepts, imported
+from dsa_hal.backends.cuda._adapters._library import accepts, dense, imported, rows_dense
 from dsa_hal.ops.attention import sparse_mla, sparse_mla_paged
 
 NEEDS = ("flash-mla>=1.0 | sgl-flash-mla>=1.0",)
@@ -94,7 +94,7 @@ def _prefill_why_not(
 
 
 @sparse_mla.impl(
-    "cuda", "flashmla", contract=1, arch=("sm90",), needs=NEEDS, rank=1, promises=PROMISES,
+    "cuda", "flashmla", contract=1, arch=("sm90",), needs=NEEDS, rank=20, promises=PROMISES,
     why_not=_prefill_why_not,
 )  # fmt: skip
 def prefill(
@@ -108,6 +108,8 @@ def prefill(
         return q.new_zeros(tokens, heads, dim_v), nothing, -nothing
     module, generation = _found()
     ids = _filled(indices, topk_length, kv.shape[0], PREFILL_K)[:, None]
+    q, kv = rows_dense(q), rows_dense(kv)
+    attn_sink = None if attn_sink is None else dense(attn_sink)
     if generation == "2025":
         out, top, lse = module.flash_mla_sparse_fwd(q, kv[:, None], ids, softmax_scale, dim_v)
         top, lse = top * math.log(2), lse * math.log(2)
@@ -116,7 +118,14 @@ def prefill(
     legacy = {"use_legacy": True} if generation == "sgl" else {}
     # Lengths are in `ids` as well: garbage behind them is not even looked at.
     out, top, lse = module.flash_mla_sparse_fwd(
-        q, kv[:, None], ids, softmax_scale, dim_v, attn_sink, topk_length, **legacy
+        q,
+        kv[:, None],
+        ids,
+        softmax_scale,
+        dim_v,
+        attn_sink,
+        None if topk_length is None else dense(topk_length),
+        **legacy,
     )
     return out, top, lse
 
@@ -142,7 +151,7 @@ def _decode_why_not(
 
 
 @sparse_mla_paged.impl(
-    "cuda", "flashmla", contract=1, arch=("sm90",), needs=NEEDS, rank=1, promises=PROMISES,
+    "cuda", "flashmla", contract=1, arch=("sm90",), needs=NEEDS, rank=20, promises=PROMISES,
     why_not=_decode_why_not,
 )  # fmt: skip
 def decode(
@@ -159,6 +168,7 @@ def decode(
     module, generation = _found()
     ids = _filled(indices, topk_length, slots, DECODE_K)
     cache_ = pages.view(torch.float8_e4m3fn)[:, :, None]
+    q, attn_sink = rows_dense(q), None if attn_sink is None else dense(attn_sink)
     common: dict[str, Any] = dict(softmax_scale=softmax_scale, is_fp8_kvcache=True, indices=ids)
     if generation == "2025":
         out, lse = _decode_2025(module, q, cache_, dim_v, common)

@@ -5,119 +5,52 @@
 // along its other side, which may be as short as 8. Each 128 of k are multiplied into registers of
 // their own and added in fp32 with both scales, since the unit keeps fewer bits than fp32.
 //
-// PAIR = 2: two blocks of a cluster take neighbouring rows of activations, each copies half of the
-// weights, to both.
-//
 // One producer warp fills a ring of stages with the copy engine; WGS consumer warpgroups compute
 // WAVES times 64 rows of weights each. SPLIT blocks of a cluster share a tile's k, and add their parts
-// through each other's shared memory in a fixed order.
+// through each other's shared memory in a fixed order. SHARE blocks of a cluster take neighbouring
+// weights for the same activations: each copies some of those to all.
 //
 // Macros: MT rows of activations in a tile, WGS, WAVES, STAGES, SPLIT, BLOCKS per multiprocessor,
-// OUT (0 bf16, 1 fp16, 2 fp32), and MODE:
-//   0  one product; `plan` is not read
-//   1  activations [groups, m, k], of which the first plan[group] rows count
-//   2  `plan` is what gemm_units.cu found
-// Rows that do not count, and units of a group < 0, become zeros.
+// SHARE, and those of gemm_tiles.cuh.
 
+constexpr int OWN = WGS * WAVES * 64;  // weights of a block
+constexpr int NT = OWN * SHARE;
+constexpr int HEIGHT = MT;
+
+#include "gemm_tiles.cuh"
 #include "hopper_gemm.cuh"
 
-constexpr int BLOCK = 128;
-constexpr int NT = WGS * WAVES * 64;
 constexpr int CONSUMERS = WGS * 128;
 constexpr int PRODUCERS = BLOCKS == 1 ? 128 : 32;  // a whole group where it gives registers away
 // Registers of a thread after producers gave theirs away; together at most 512 per thread of a group.
 constexpr int GIVEN = WGS > 2 ? 32 : 40;
 constexpr int TAKEN = WGS > 2 ? (512 - GIVEN) / WGS / 8 * 8 : 232;
-constexpr int WEIGHT_BYTES = NT * BLOCK;
+constexpr int WEIGHT_BYTES = OWN * BLOCK;
 constexpr int STAGE_BYTES = WEIGHT_BYTES + MT * BLOCK;
 constexpr int SCALES_AT = STAGES * STAGE_BYTES;
 constexpr int STORE_AT = SCALES_AT + STAGES * MT * 4;
 constexpr int STORE_BYTES = SPLIT == 1 && OUT != 2 ? WGS * MT * 128 : 0;
 constexpr int BARRIERS_AT = STORE_AT + STORE_BYTES;
 constexpr int REGS = MT / 2;
-constexpr int CLUSTER = SPLIT * PAIR;
-constexpr int HEIGHT = MT * PAIR;  // rows of a cluster
-constexpr int PITCH = NT + 4;  // floats between rows of a part: keeps banks apart
-static_assert(SPLIT == 1 || PAIR == 1, "a cluster splits k or shares weights");
+constexpr int CLUSTER = SPLIT * SHARE;
+constexpr int PITCH = OWN + 4;  // floats between rows of a part: keeps banks apart
+static_assert(MT / SHARE % 8 == 0, "eight rows are one pattern of the swizzle");
 static_assert(SPLIT == 1 || MT * PITCH * 4 <= SCALES_AT, "a part takes the place of the stages");
 
-#if OUT == 2
-using Out = float;
-using Four = float4;
-#else
-using Out = unsigned short;
-using Four = uint2;
-#endif
-
-// Two neighbours rounded to 16 bits; `low` comes first in memory.
-__device__ __forceinline__ unsigned pack(float low, float high) {
-    unsigned both;
-    if (OUT == 0)
-        asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    else
-        asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
-    return both;
-}
-
-__device__ __forceinline__ void narrow(float4 from, float4& to) { to = from; }
-
-__device__ __forceinline__ void narrow(float4 from, uint2& to) {
-    to = make_uint2(pack(from.x, from.y), pack(from.z, from.w));
-}
-
-struct Args {
-    const float* a_scale;
-    const float* b_scale;
-    const int* plan;
-    long long a_scale_group, a_scale_row, b_scale_group, b_scale_row;  // strides
-    int m, n, blocks, groups;
-};
-
-// One tile: `rows` of `room` rows count, the others are written as zeros. Both may be less than
-// nothing in the second of a pair; `idle` tells that no row of the cluster counts.
-struct Tile {
-    int group, row, rows, room, column;
-    bool idle;
-    long long out_row;
-};
-
-__device__ __forceinline__ int tile_count(const Args& args) {
-    const int across = (args.n + NT - 1) / NT;
-    if (MODE == 2) return args.plan[0] * across;
-    return args.groups * ((args.m + HEIGHT - 1) / HEIGHT) * across;
-}
-
-__device__ __forceinline__ Tile tile_at(const Args& args, int at, int rank) {
-    const int across = (args.n + NT - 1) / NT;
-    int group, row, rows, room, column;
-    long long out_row;
-    if (MODE == 2) {
-        const int2* unit = reinterpret_cast<const int2*>(args.plan + 2) + at / across;
-        row = unit->x, group = unit->y, room = unit[1].x - row;
-        rows = group < 0 ? 0 : room;
-        column = at % across * NT, out_row = row;
-    } else {
-        const int down = (args.m + HEIGHT - 1) / HEIGHT;
-        const int inside = at % (down * across);
-        // Tiles of the same rows of weights follow each other: the weights come from memory once.
-        group = at / (down * across), row = inside % down * HEIGHT, column = inside / down * NT;
-        room = args.m - row;
-        rows = MODE == 1 ? min(room, args.plan[group] - row) : room;
-        out_row = static_cast<long long>(group) * args.m + row;
-    }
-    const int skip = PAIR == 1 ? 0 : rank * MT;
-    return {group, row + skip, min(MT, rows - skip), min(MT, room - skip), column, rows <= 0,
-            out_row + skip};
+__device__ __forceinline__ Tile own_tile(const Args& args, int at, int rank) {
+    Tile tile = tile_at(args, at, 0);
+    tile.column += rank % SHARE * OWN;
+    return tile;
 }
 
 __device__ __forceinline__ void produce(const Args& args, const TensorMap* weights,
                                         const TensorMap* rows, unsigned shared, int rank, int first,
                                         int step, int begin, int end) {
-    const int lane = threadIdx.x % 32;
+    const int lane = threadIdx.x % 32, side = rank % SHARE;
     const int tiles = tile_count(args);
     int stage = 0, phase = 0;
     for (int at = first; at < tiles; at += step) {
-        const Tile tile = tile_at(args, at, rank);
+        const Tile tile = own_tile(args, at, rank);
         if (tile.idle) continue;
         const float* scales = args.a_scale + tile.group * (MODE == 1 ? args.a_scale_group : 0) +
                               tile.row * args.a_scale_row;
@@ -127,13 +60,14 @@ __device__ __forceinline__ void produce(const Args& args, const TensorMap* weigh
             barrier_wait(full + 8, phase ^ 1);
             if (lane == 0) {
                 barrier_expect(full, STAGE_BYTES);
-                if (PAIR == 1)
-                    copy_box(to, weights, full, block * BLOCK, tile.column, tile.group);
+                copy_box(to, weights, full, block * BLOCK, tile.column, tile.group);
+                const int part = side * (MT / SHARE), group = MODE == 1 ? tile.group : 0;
+                if (SHARE == 1)
+                    copy_box(to + WEIGHT_BYTES, rows, full, block * BLOCK, tile.row, group);
                 else
-                    copy_box_to(to + rank * (WEIGHT_BYTES / PAIR), weights, full, 3, block * BLOCK,
-                                tile.column + rank * (NT / PAIR), tile.group);
-                copy_box(to + WEIGHT_BYTES, rows, full, block * BLOCK, tile.row,
-                         MODE == 1 ? tile.group : 0);
+                    copy_box_to(to + WEIGHT_BYTES + part * BLOCK, rows, full,
+                                ((1 << SHARE) - 1) << (rank - side), block * BLOCK,
+                                tile.row + part, group);
             }
             const unsigned scale_to = shared + SCALES_AT + stage * MT * 4;
             for (int row = lane; row < MT; row += 32) {
@@ -148,13 +82,13 @@ __device__ __forceinline__ void produce(const Args& args, const TensorMap* weigh
 }
 
 // Adds the parts of all blocks of a cluster, each block some of the rows. Producers only meet the
-// cluster's barriers: thrice, like everybody.
+// cluster's barriers.
 __device__ __forceinline__ void store_sum(const Args& args, Out* out, const Tile& tile,
                                           const float (&sum)[WAVES][REGS], unsigned char* shared,
                                           int rank) {
     const int thread = threadIdx.x, lane = thread % 32, group = thread / 128;
     float* part = reinterpret_cast<float*>(shared);
-    cluster_wait();  // every stage of every block has been read
+    threads_wait(1, CONSUMERS);  // every stage has been read
 #pragma unroll
     for (int wave = 0; wave < WAVES; ++wave) {
         const int column = (wave * WGS + group) * 64 + thread / 32 % 4 * 16 + lane / 4;
@@ -165,13 +99,15 @@ __device__ __forceinline__ void store_sum(const Args& args, Out* out, const Tile
         }
     }
     cluster_wait();
-    const int begin = rank * MT / SPLIT, end = min((rank + 1) * MT / SPLIT, tile.room);
-    for (int at = begin * (NT / 4) + thread; at < end * (NT / 4); at += CONSUMERS) {
-        const int row = at / (NT / 4), column = at % (NT / 4) * 4;
+    const int mine = rank / SHARE;
+    const int begin = mine * MT / SPLIT, end = min((mine + 1) * MT / SPLIT, tile.room);
+    for (int at = begin * (OWN / 4) + thread; at < end * (OWN / 4); at += CONSUMERS) {
+        const int row = at / (OWN / 4), column = at % (OWN / 4) * 4;
         const unsigned from = address(part + row * PITCH + column);
         float4 parts[SPLIT];
 #pragma unroll
-        for (int other = 0; other < SPLIT; ++other) parts[other] = cluster_load(from, other);
+        for (int other = 0; other < SPLIT; ++other) 
+            parts[other] = cluster_load(from, other * SHARE + rank % SHARE);
         float4 total = parts[0];
 #pragma unroll
         for (int other = 1; other < SPLIT; ++other) {
@@ -186,7 +122,7 @@ __device__ __forceinline__ void store_sum(const Args& args, Out* out, const Tile
                 values;
         }
     }
-    cluster_wait();  // nobody leaves while its part is read
+    cluster_meet();  // nobody leaves while its part is read
 }
 
 // One wave's 64 columns: fp32 as the registers lie, narrower ones turned in shared memory first, so
@@ -231,7 +167,7 @@ __device__ __forceinline__ void consume(const Args& args, Out* out, unsigned cha
     const int tiles = tile_count(args);
     int stage = 0, phase = 0;
     for (int at = first; at < tiles; at += step) {
-        const Tile tile = tile_at(args, at, rank);
+        const Tile tile = own_tile(args, at, rank);
         float sum[WAVES][REGS];
 #pragma unroll
         for (int wave = 0; wave < WAVES; ++wave)
@@ -245,7 +181,7 @@ __device__ __forceinline__ void consume(const Args& args, Out* out, unsigned cha
                 const int column = min(tile.column + (wave * WGS + group) * 64, args.n - 1);
                 scales[wave] = args.b_scale + tile.group * args.b_scale_group +
                                column / BLOCK * args.b_scale_row;
-                scale[wave] = begin < end ? scales[wave][begin] : 0.0f;
+                scale[wave] = begin < end ? load_early(scales[wave] + begin) : 0.0f;
             }
             for (int block = begin; block < end; ++block) {
                 const unsigned full = shared + BARRIERS_AT + stage * 16;
@@ -254,7 +190,7 @@ __device__ __forceinline__ void consume(const Args& args, Out* out, unsigned cha
 #pragma unroll
                 for (int wave = 0; wave < WAVES; ++wave) {
                     now[wave] = scale[wave];
-                    scale[wave] = scales[wave][min(block + 1, end - 1)];
+                    scale[wave] = load_early(scales[wave] + min(block + 1, end - 1));
                 }
                 barrier_wait(full, phase);
                 const float2* row_scale =
@@ -282,8 +218,9 @@ __device__ __forceinline__ void consume(const Args& args, Out* out, unsigned cha
                     }
                 }
                 __syncwarp();
-                if (PAIR > 1 && lane < PAIR) barrier_arrive_at(full + 8, lane);
-                if (PAIR == 1 && lane == 0) barrier_arrive(full + 8);
+                if (SHARE > 1 && lane < SHARE)
+                    barrier_arrive_at(full + 8, rank - rank % SHARE + lane);
+                if (SHARE == 1 && lane == 0) barrier_arrive(full + 8);
                 if (++stage == STAGES) stage = 0, phase ^= 1;
             }
         }
@@ -308,16 +245,16 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + PRODUCERS, BLOCKS)
         copy_prepare(&rows);
         for (int stage = 0; stage < STAGES; ++stage) {
             barrier_init(shared + BARRIERS_AT + stage * 16, 1 + 32);
-            barrier_init(shared + BARRIERS_AT + stage * 16 + 8, CONSUMERS / 32 * PAIR);
+            barrier_init(shared + BARRIERS_AT + stage * 16 + 8, CONSUMERS / 32 * SHARE);
         }
         barrier_init_done();
     }
-    if (PAIR == 1)
+    if (SHARE == 1)
         __syncthreads();
     else
-        cluster_wait();
+        cluster_meet();
     const int first = blockIdx.x / CLUSTER, step = gridDim.x / CLUSTER;
-    const int rank = blockIdx.x % CLUSTER, part = SPLIT == 1 ? 0 : rank;
+    const int rank = blockIdx.x % CLUSTER, part = rank / SHARE;
     const int begin = part * args.blocks / SPLIT, end = (part + 1) * args.blocks / SPLIT;
     if (threadIdx.x < CONSUMERS) {
         if (BLOCKS == 1) registers_take<TAKEN>();
@@ -328,11 +265,10 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + PRODUCERS, BLOCKS)
             produce(args, &weights, &rows, shared, rank, first, step, begin, end);
         __syncwarp();
         if (SPLIT > 1)
-            for (int at = first; at < tile_count(args); at += step)
-                for (int meeting = 0; meeting < 3; ++meeting) cluster_wait();
+            for (int at = first; at < tile_count(args); at += step) cluster_meet(), cluster_meet();
     }
-    if (PAIR > 1) {
+    if (SHARE > 1) {
         __syncwarp();
-        cluster_wait();  // the other still arrives at barriers here
+        cluster_meet();  // the other still arrives at barriers here
     }
 }

@@ -51,6 +51,11 @@ __device__ __forceinline__ void threads_wait(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
+// Arrives there without waiting.
+__device__ __forceinline__ void threads_arrive(int barrier, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // A warpgroup changes how many registers each of its threads has.
 template <int COUNT>
 __device__ __forceinline__ void registers_take() {
@@ -64,16 +69,23 @@ __device__ __forceinline__ void registers_give() {
 
 // -- clusters --------------------------------------------------------------------------------------
 
-// Arrives at the barrier that lies at the same place in another block's shared memory.
+// Arrives at the barrier that lies at the same place in another block's shared memory. What this block
+// wrote is not made visible by it: that would cost a fence of the whole device.
 __device__ __forceinline__ void barrier_arrive_at(unsigned barrier, int rank) {
     unsigned there;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(barrier), "r"(rank));
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(there)
-                 : "memory");
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(there) : "memory");
 }
 
+// All blocks of a cluster meet; what they wrote before is visible after.
 __device__ __forceinline__ void cluster_wait() {
     asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::
+                     : "memory");
+}
+
+// The same, but nothing is made visible.
+__device__ __forceinline__ void cluster_meet() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::
                      : "memory");
 }
 
@@ -116,6 +128,14 @@ __device__ __forceinline__ void copy_prepare(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
 
+// A number that the compiler shall not know to be the same in all lanes: it would move it to a register
+// of the whole warp, and wait for it, as soon as it is asked for.
+__device__ __forceinline__ float load_early(const float* from) {
+    float v;
+    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(from));
+    return v;
+}
+
 // Four bytes to shared memory, or zeros if not `inside`; nothing is read then.
 __device__ __forceinline__ void copy_word(unsigned to, const void* from, bool inside) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from),
@@ -126,6 +146,30 @@ __device__ __forceinline__ void copy_word(unsigned to, const void* from, bool in
 // This thread arrives at `barrier` once its copies of words have come.
 __device__ __forceinline__ void copy_words_arrive(unsigned barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit values: eight lanes each say where the rows of one begin.
+__device__ __forceinline__ void store_matrices(unsigned to, unsigned a, unsigned b, unsigned c,
+                                               unsigned d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(to),
+                 "r"(a), "r"(b), "r"(c), "r"(d)
+                 : "memory");
+}
+
+// Two such matrices; lanes 0 to 15 count.
+__device__ __forceinline__ void store_matrices(unsigned to, unsigned a, unsigned b) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(a),
+                 "r"(b)
+                 : "memory");
+}
+
+__device__ __forceinline__ uint4 load_piece(unsigned from) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(from)
+                 : "memory");
+    return v;
 }
 
 // Two 8 x 8 matrices of 16-bit values, turned: lanes 0 to 15 say where the columns of the first and
@@ -164,11 +208,19 @@ __device__ __forceinline__ void mma_touch(float (&d)[COUNT]) {
     for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// d = a b^T, plus d if `add`: a has 64 rows, b has N rows, both 32 FP8 (e4m3) deep. Element 4j + 2h + c
-// of d is row 16 warp + lane / 4 + 8h, column 8j + 2 (lane % 4) + c.
+// d = a b^T, plus d if `add`: a has 64 rows, b has N rows, both 32 bytes deep. Element 4j + 2h + c of d
+// is row 16 warp + lane / 4 + 8h, column 8j + 2 (lane % 4) + c. HALF ("bf16" or "f16") before this file
+// multiplies those instead of FP8.
 template <int N>
 struct Mma;
 
+#ifdef HALF
+#define MMA_KIND "k16.f32." HALF "." HALF
+#define MMA_TURNED ", 0, 0"
+#else
+#define MMA_KIND "k32.f32.e4m3.e4m3"
+#define MMA_TURNED ""
+#endif
 #define L4 "%0, %1, %2, %3"
 #define O4 "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
 #define L8 L4 ", %4, %5, %6, %7"
@@ -201,6 +253,8 @@ struct Mma;
 #define O60 O56, "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59])
 #define L64 L60 ", %60, %61, %62, %63"
 #define O64 O60, "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
+#define L68 L64 ", %64, %65, %66, %67"
+#define O68 O64, "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67])
 
 #define MMA(N, LIST, OUT, A, B, ADD)                                                                \
     template <>                                                                                    \
@@ -208,8 +262,8 @@ struct Mma;
         static __device__ __forceinline__ void run(float (&d)[N / 2], unsigned long long a,        \
                                                    unsigned long long b, int add) {                \
             asm volatile("{\n.reg .pred add;\nsetp.ne.b32 add, " ADD                               \
-                         ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N                              \
-                         "k32.f32.e4m3.e4m3 {" LIST "}, " A ", " B ", add, 1, 1;\n}"               \
+                         ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N MMA_KIND " {" LIST            \
+                         "}, " A ", " B ", add, 1, 1" MMA_TURNED ";\n}"                            \
                          : OUT                                                                     \
                          : "l"(a), "l"(b), "r"(add));                                              \
         }                                                                                          \
@@ -230,4 +284,5 @@ MMA(104, L52, O52, "%52", "%53", "%54")
 MMA(112, L56, O56, "%56", "%57", "%58")
 MMA(120, L60, O60, "%60", "%61", "%62")
 MMA(128, L64, O64, "%64", "%65", "%66")
+MMA(136, L68, O68, "%68", "%69", "%70")
 #undef MMA

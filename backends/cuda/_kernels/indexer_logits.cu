@@ -1,18 +1,20 @@
 // The indexer's scores of FP8 queries against FP8 keys that lie in one tensor.
 //
-// A block is persistent and has an equal stretch of all (512 query heads) x (64 keys) tiles. The heads
-// stay in shared memory while one warp streams tiles of keys past them with the copy engine. Each of
-// two warpgroups has 256 of the heads, in two halves: while it weighs and adds the products of one, the
-// matrix unit makes those of the other. Three warps write -inf where no row of a block has a range.
+// A block is persistent and has an equal stretch of all tiles: some queries times 64 keys. The queries
+// stay in shared memory while one warp streams keys past them with the copy engine. Each of two
+// computing warpgroups has its own 256 query heads, in two halves: while it weighs and adds the products
+// of one half, the matrix unit makes those of the other. Three warps write -inf where no row of a block
+// has a range.
 //
-// Macros: HEADS (32 or 64), STAGES.
+// Macros: HEADS (32 or 64), STAGES, RUN (tiles that follow each other without a pause).
 
 #include "indexer_logits.cuh"
 
-constexpr int ROWS = 512 / HEADS;  // of a block of queries
-constexpr int HALF = 128;          // columns of one product
-constexpr int THREADS = 384;
-constexpr int Q_BYTES = 512 * DIM;
+constexpr int HALF = 128;                  // columns of one product
+constexpr int ROWS = 4 * HALF / HEADS;     // of a block of queries
+constexpr int CONSUMERS = 256;
+constexpr int THREADS = CONSUMERS + 128;
+constexpr int Q_BYTES = 4 * HALF * DIM;
 constexpr int KEYS_AT = 2 * Q_BYTES;
 constexpr int BARRIERS_AT = KEYS_AT + STAGES * TILE_BYTES;
 constexpr int ROOM_AT = BARRIERS_AT + (STAGES + 2) * 16;
@@ -22,9 +24,8 @@ struct Args {
     const float* weights;
     const int* starts;
     const int* ends;
-    float* out;
     long long weights_row, out_row;  // strides
-    int rows, context;
+    int rows, context, clean;  // clean: -inf is wanted wherever a row has no range
 };
 
 struct Span {
@@ -67,6 +68,15 @@ __device__ __forceinline__ void walk(const Args& args, Stretch stretch, F each) 
     }
 }
 
+// Moves a block's weights to L2, where they are when the computing warpgroups ask for them.
+__device__ __forceinline__ void prefetch_weights(const Args& args, int block) {
+    constexpr int LINES = HEADS * 4 / 128;  // of a row
+    const int row = block * ROWS + threadIdx.x % 32 / LINES;
+    if (threadIdx.x % 32 < ROWS * LINES && row < args.rows)
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(args.weights + row * args.weights_row +
+                                                      threadIdx.x % LINES * 32));
+}
+
 __device__ __forceinline__ void produce(const Args& args, const TensorMap* queries,
                                         const TensorMap* keys, unsigned shared, Stretch stretch) {
     const bool leader = threadIdx.x % 32 == 0;
@@ -78,6 +88,7 @@ __device__ __forceinline__ void produce(const Args& args, const TensorMap* queri
             barrier_expect(q_full, Q_BYTES);
             copy_box(shared + slot * Q_BYTES, queries, q_full, 0, 0, block * ROWS);
         }
+        prefetch_weights(args, block);
         if (++slot == 2) slot = 0, q_phase ^= 1;
         for (int tile = first; tile < last; ++tile) {
             const unsigned full = shared + BARRIERS_AT + stage * 16;
@@ -91,97 +102,129 @@ __device__ __forceinline__ void produce(const Args& args, const TensorMap* queri
     });
 }
 
-__device__ __forceinline__ void clear_outside(const Args& args, int warp, int warps) {
+__device__ __forceinline__ void clear_outside(const Args& args, float* out, int warp, int warps) {
     const int blocks = (args.rows + ROWS - 1) / ROWS;
     for (int block = blockIdx.x; block < blocks; block += gridDim.x) {
         const Span span = span_of(args, block);
         for (int row = block * ROWS + warp; row < min(block * ROWS + ROWS, args.rows); row += warps) {
-            clear(args.out + row * args.out_row, 0, min(span.first * KEYS, args.context));
-            clear(args.out + row * args.out_row, span.last * KEYS, args.context);
+            clear(out + row * args.out_row, 0, min(span.first * KEYS, args.context));
+            clear(out + row * args.out_row, span.last * KEYS, args.context);
         }
     }
 }
 
-__device__ __forceinline__ void load_rows(Rows<HALF>& rows, const Args& args, int first) {
+__device__ __forceinline__ void load_rows(Rows<HALF>& rows, const Args& args, float* out, int first) {
 #pragma unroll
     for (int i = 0; i < Columns<HALF>::SCORES; ++i) {
         const int row = first + 2 * i + threadIdx.x % 2;
         const bool there = row < args.rows;
-        rows.out[i] = args.out + (there ? row : 0) * args.out_row;
+        rows.out[i] = out + (there ? row : 0) * args.out_row;
         rows.start[i] = there ? args.starts[row] : 0;
         rows.end[i] = there ? args.ends[row] : 0;
         rows.room[i] = there ? args.context : 0;
     }
 }
 
-__device__ __forceinline__ void consume(const Args& args, unsigned shared, Stretch stretch) {
-    constexpr int QUERIES = Columns<HALF>::QUERIES;
-    const int group = threadIdx.x / 128, own = own_key();
+// What a thread of a computing warpgroup holds.
+struct Consumer {
+    const Args& args;
+    const unsigned shared;
     const bool leader = threadIdx.x % 32 == 0;
-    int stage = 0, phase = 0, slot = 0, q_phase = 0;
+    int stage = 0, phase = 0;
+    int key;                     // its own, of the tile that comes next
+    float scale;                 // of that key
+    unsigned full;               // barrier of that tile
+    unsigned long long columns;  // of its first half
+    Rows<HALF> rows[2];
+    float weights[2][HALF / 4], products[2][HALF / 2];
+
+    __device__ __forceinline__ Consumer(const Args& args, unsigned shared)
+        : args(args), shared(shared) {}
+
+    // Begins a half of the products of the tile that comes next.
+    __device__ __forceinline__ void begin(int half) {
+        if (half == 0) {
+            full = shared + BARRIERS_AT + stage * 16;
+            barrier_wait(full, phase);
+        }
+        multiply<HALF>(products[half], tile_descriptor(shared + KEYS_AT + stage * TILE_BYTES),
+                       columns + half * (HALF * DIM / 16));
+    }
+
+    __device__ __forceinline__ void finish(int half) {
+        mma_touch(products[half]);
+        float score[Columns<HALF>::SCORES];
+        sums<HALF>(score, products[half], weights[half]);
+        write(rows[half], score, scale, key);
+    }
+
+    // COUNT tiles. The matrix unit has work all the time, but for the end: the compiler cannot follow
+    // products that are under way around a loop.
+    template <int COUNT>
+    __device__ __forceinline__ void run() {
+        begin(0);
+        steps<COUNT>();
+    }
+
+    template <int LEFT>
+    __device__ __forceinline__ void steps() {
+        begin(1);
+        // A key beyond the context has any scale: it is not written.
+        const float next_scale = args.k_scale[min(key + KEYS, args.context - 1)];
+        mma_wait<1>();
+        finish(0);
+        const unsigned read = full;
+        if (++stage == STAGES) stage = 0, phase ^= 1;
+        if constexpr (LEFT > 1) {
+            begin(0);
+            mma_wait<1>();
+        } else {
+            mma_wait<0>();
+        }
+        if (leader) barrier_arrive(read + 8);
+        finish(1);
+        key += KEYS;
+        scale = next_scale;
+        if constexpr (LEFT > 1) steps<LEFT - 1>();
+    }
+};
+
+__device__ __forceinline__ void consume(const Args& args, float* out, unsigned shared, Stretch stretch) {
+    constexpr int QUERIES = Columns<HALF>::QUERIES;
+    const int group = threadIdx.x / 128;
+    Consumer own(args, shared);
+    int slot = 0, q_phase = 0;
     walk(args, stretch, [&](int block, int first, int last) {
-        const int row = block * ROWS + group * 2 * QUERIES;
-        float weights[2][HALF / 4], products[2][HALF / 2];
-        Rows<HALF> rows[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int from = row + half * QUERIES;
-            load_weights<HALF>(weights[half], args.weights + from * args.weights_row,
-                               args.weights_row, args.rows - from);
-            load_rows(rows[half], args, from);
+            const int row = block * ROWS + (group * 2 + half) * QUERIES;
+            load_weights<HALF>(own.weights[half], args.weights, args.weights_row, row, args.rows);
+            load_rows(own.rows[half], args, out, row);
         }
         const unsigned q_full = shared + BARRIERS_AT + (STAGES + slot) * 16;
-        const auto columns = tile_descriptor(shared + slot * Q_BYTES + group * 2 * HALF * DIM);
-        constexpr int NEXT = HALF * DIM / 16;
-        if (++slot == 2) slot = 0;
+        own.columns = tile_descriptor(shared + slot * Q_BYTES + group * 2 * HALF * DIM);
+        own.key = first * KEYS + own_key();
+        own.scale = args.k_scale[min(own.key, args.context - 1)];
         barrier_wait(q_full, q_phase);
-        q_phase ^= slot == 0;
-
-        unsigned full = shared + BARRIERS_AT + stage * 16;
-        auto keys = tile_descriptor(shared + KEYS_AT + stage * TILE_BYTES);
-        int key = first * KEYS + own;
-        float scale = key < args.context ? args.k_scale[key] : 0.0f;
-        float score[Columns<HALF>::SCORES];
-        barrier_wait(full, phase);
-        multiply<HALF>(products[0], keys, columns);
-        for (int tile = first; tile < last - 1; ++tile) {
-            multiply<HALF>(products[1], keys, columns + NEXT);
-            const float next_scale = key + KEYS < args.context ? args.k_scale[key + KEYS] : 0.0f;
-            mma_wait<1>();
-            mma_touch(products[0]);
-            sums<HALF>(score, products[0], weights[0]);
-            write(rows[0], score, scale, key);
-            if (++stage == STAGES) stage = 0, phase ^= 1;
-            const unsigned next = shared + BARRIERS_AT + stage * 16;
-            keys = tile_descriptor(shared + KEYS_AT + stage * TILE_BYTES);
-            barrier_wait(next, phase);
-            multiply<HALF>(products[0], keys, columns);
-            mma_wait<1>();
-            if (leader) barrier_arrive(full + 8);
-            mma_touch(products[1]);
-            sums<HALF>(score, products[1], weights[1]);
-            write(rows[1], score, scale, key);
-            full = next;
-            key += KEYS;
-            scale = next_scale;
+        if (++slot == 2) slot = 0, q_phase ^= 1;
+        // The second warpgroup pauses while the first is in the middle of a run.
+        const int lead = first + group * (RUN / 2);
+        for (int tile = first; tile < last;) {
+            if (tile < lead || tile + RUN > last) {
+                own.run<1>();
+                ++tile;
+            } else {
+                own.run<RUN>();
+                tile += RUN;
+            }
         }
-        multiply<HALF>(products[1], keys, columns + NEXT);
-        mma_wait<1>();
-        mma_touch(products[0]);
-        sums<HALF>(score, products[0], weights[0]);
-        write(rows[0], score, scale, key);
-        mma_wait<0>();
-        if (leader) barrier_arrive(full + 8), barrier_arrive(q_full + 8);
-        mma_touch(products[1]);
-        sums<HALF>(score, products[1], weights[1]);
-        write(rows[1], score, scale, key);
-        if (++stage == STAGES) stage = 0, phase ^= 1;
+        if (own.leader) barrier_arrive(q_full + 8);
     });
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     scores(const __grid_constant__ TensorMap queries, const __grid_constant__ TensorMap keys,
-           const __grid_constant__ Args args) {
+           const __grid_constant__ Args args, float* out) {
     extern __shared__ __align__(1024) unsigned char memory[];
     const unsigned shared = address(memory);
     if (threadIdx.x == 0) {
@@ -189,22 +232,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         copy_prepare(&keys);
         for (int at = 0; at < STAGES + 2; ++at) {
             barrier_init(shared + BARRIERS_AT + at * 16, 1);
-            barrier_init(shared + BARRIERS_AT + at * 16 + 8, 8);
+            barrier_init(shared + BARRIERS_AT + at * 16 + 8, CONSUMERS / 32);
         }
         barrier_init_done();
     }
     const Stretch own = stretch<THREADS>((args.rows + ROWS - 1) / ROWS,
                                          reinterpret_cast<long long*>(memory + ROOM_AT),
                                          [&](int block) { return tiles_of(args, block); });
-    if (threadIdx.x < 256) {
+    if (threadIdx.x < CONSUMERS) {
         registers_take<232>();
-        consume(args, shared, own);
+        consume(args, out, shared, own);
     } else {
         registers_give<40>();
-        const int warp = threadIdx.x / 32 - 8;
+        const int warp = threadIdx.x / 32 - CONSUMERS / 32;
         if (warp == 0)
             produce(args, &queries, &keys, shared, own);
-        else
-            clear_outside(args, warp - 1, 3);
+        else if (args.clean)
+            clear_outside(args, out, warp - 1, 3);
     }
 }

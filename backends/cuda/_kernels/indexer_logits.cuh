@@ -10,7 +10,9 @@
 constexpr int DIM = 128;
 constexpr int KEYS = 64;
 constexpr int TILE_BYTES = KEYS * DIM;
-constexpr float NOTHING = -__builtin_huge_valf();
+
+// The score of a key outside a row's range: -infinity.
+__device__ __forceinline__ float nothing() { return __int_as_float(0xff800000); }
 
 // The key of a tile whose score this thread has after `sums`.
 __device__ __forceinline__ int own_key() {
@@ -25,16 +27,18 @@ struct Columns {
     static constexpr int WEIGHTS = N / 4;
 };
 
-// Half of each weight that this thread needs, for `count` rows from `weights`; others are zero.
+// Half of each weight that this thread needs, for rows from `first`; what rows beyond `rows` get is
+// never used.
 template <int N>
 __device__ __forceinline__ void load_weights(float (&half)[N / 4], const float* weights,
-                                             long long row_stride, int count) {
+                                             long long row_stride, int first, int rows) {
 #pragma unroll
     for (int j = 0; j < N / 8; ++j) {
-        const int row = j / (HEADS / 8), head = j % (HEADS / 8) * 8 + threadIdx.x % 4 * 2;
+        const int row = min(first + j / (HEADS / 8), rows - 1);
+        const int head = j % (HEADS / 8) * 8 + threadIdx.x % 4 * 2;
 #pragma unroll
         for (int c = 0; c < 2; ++c)
-            half[2 * j + c] = row < count ? 0.5f * weights[row * row_stride + head + c] : 0.0f;
+            half[2 * j + c] = 0.5f * weights[row * row_stride + head + c];
     }
 }
 
@@ -78,13 +82,21 @@ struct Rows {
     int room[Columns<N>::SCORES];  // columns; 0 for a row that is not there
 };
 
+// Stores without a branch: around one the compiler would wait for all products that are under way.
+__device__ __forceinline__ void store_if(bool wanted, float* at, float value) {
+    asm volatile("{\n.reg .pred wanted;\nsetp.ne.b32 wanted, %0, 0;\n@wanted st.global.f32 [%1], %2;\n}" ::
+                     "r"(static_cast<int>(wanted)),
+                 "l"(at), "f"(value)
+                 : "memory");
+}
+
 template <int N>
 __device__ __forceinline__ void write(const Rows<N>& rows, const float (&score)[Columns<N>::SCORES],
                                       float scale, int key) {
 #pragma unroll
     for (int i = 0; i < Columns<N>::SCORES; ++i) {
         const bool inside = key >= rows.start[i] && key < rows.end[i];
-        if (key < rows.room[i]) rows.out[i][key] = inside ? score[i] * scale : NOTHING;
+        store_if(key < rows.room[i], rows.out[i] + key, inside ? score[i] * scale : nothing());
     }
 }
 
@@ -101,7 +113,7 @@ __device__ __forceinline__ void multiply(float (&products)[N / 2], unsigned long
 
 // A warp writes -inf to columns [begin, end) of a row.
 __device__ __forceinline__ void clear(float* row, int begin, int end) {
-    for (int column = begin + threadIdx.x % 32; column < end; column += 32) row[column] = NOTHING;
+    for (int column = begin + threadIdx.x % 32; column < end; column += 32) row[column] = nothing();
 }
 
 // The tiles of all `count` groups of rows in one line, of which every block takes an equal stretch.

@@ -19,12 +19,20 @@ typedef unsigned long long u64;
 #ifndef HEADS
 #define HEADS 64
 #endif
+#ifndef MODE
+#define MODE 0
+#endif
 
 namespace {
 
 constexpr int KEYS = 64, LATENT = 512, DIM = 576, RECORD = 656, CHUNKS = LATENT / 64;
 constexpr int COLUMNS = HEADS / 8;  // groups of eight heads
-constexpr int STAGES = 2;
+#ifndef DELAY
+#define DELAY -1
+#endif
+enum { ALONE, PLANNED, JOINED };  // MODE: pieces of a row are joined by another kernel, or here
+constexpr int STAGES = 2, RECORDS = 4;
+constexpr int CLUSTER = 8;  // pieces that blocks of one cluster join among themselves
 constexpr float SLACK = 16;  // powers of two that weights may outgrow their reference by
 constexpr float LN2 = 0.6931471805599453f;
 #ifndef INFINITY
@@ -35,7 +43,8 @@ struct Shared {
     unsigned char q[9][HEADS * 128];
     unsigned char values[STAGES][LATENT * KEYS * 2];
     unsigned char weights[STAGES][64 * KEYS * 2];
-    float reference[64], share[64], most[4][64], factor[STAGES][64];
+    float reference[64], share[64], most[4][64], factor[STAGES][64], weight[CLUSTER][64];
+    const unsigned char* record[RECORDS][KEYS];  // where the keys of coming blocks are; null = no key
     int rescale[STAGES];
     u64 full[STAGES], empty[STAGES];
 };
@@ -171,6 +180,32 @@ __device__ __forceinline__ uint4 load16(const unsigned char* at) {
     return v;
 }
 
+// -- clusters ---------------------------------------------------------------------------------------
+
+__device__ __forceinline__ void cluster_sync() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+}
+__device__ __forceinline__ u32 at_rank(u32 at, int rank) {
+    u32 there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
+    return there;
+}
+__device__ __forceinline__ float4 load_remote16(u32 at) {
+    float4 v;
+    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(at) : "memory");
+    return v;
+}
+__device__ __forceinline__ float load_remote(u32 at) {
+    float v;
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(v) : "r"(at) : "memory");
+    return v;
+}
+
+__device__ __forceinline__ void prefetch(const unsigned char* record) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(record), "r"(RECORD));
+}
+
 struct Work {
     const unsigned short* q;
     long long q_batch, q_next, q_head;
@@ -221,6 +256,24 @@ __device__ __forceinline__ const unsigned char* record_of(const Work& w, int slo
     return w.pages + page * w.page_bytes + ((u32)slot - page * w.page_size) * (long long)RECORD;
 }
 
+__device__ __forceinline__ void load_record(Raw& raw, int r, const unsigned char* at, int quad) {
+    uint4 v = make_uint4(0, 0, 0, 0);
+    if (at) v = load16(at + LATENT);
+    raw.scale[r] = *reinterpret_cast<float4*>(&v);
+#pragma unroll
+    for (int c = 0; c < CHUNKS; c++) {
+        raw.latent[r][c] = make_uint4(0, 0, 0, 0);
+        if (at) raw.latent[r][c] = load16(at + c * 64 + quad * 16);
+    }
+}
+__device__ __forceinline__ void load_rope(Raw& raw, int r, const unsigned char* at, int quad) {
+#pragma unroll
+    for (int c = 0; c < 2; c++) {
+        raw.rope[r][c] = make_uint4(0, 0, 0, 0);
+        if (at) raw.rope[r][c] = load16(at + 528 + quad * 32 + c * 16);
+    }
+}
+
 __device__ __forceinline__ void make_scores(const Work& w, const Item& item, Shared& s, int& stage, u32& phase, int head0) {
     const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, group = lane / 4, quad = lane % 4;
     const int row0 = warp * 16 + group;
@@ -233,58 +286,33 @@ __device__ __forceinline__ void make_scores(const Work& w, const Item& item, Sha
     bool fresh = true;
 
     Raw raw;
-    int slot[2], next[2];
-    const unsigned char* at[2];
+    bool valid[2];
 #pragma unroll
     for (int r = 0; r < 2; r++) {
-        slot[r] = item.count > 0 ? slot_of(w, indices, item.first * KEYS + row0 + 8 * r, item.length) : -1;
-        at[r] = record_of(w, max(slot[r], 0));
-        raw.scale[r] = make_float4(0, 0, 0, 0);
-        if (slot[r] >= 0) {
-            uint4 v = load16(at[r] + LATENT);
-            raw.scale[r] = *reinterpret_cast<float4*>(&v);
-        }
-#pragma unroll
-        for (int c = 0; c < CHUNKS; c++) {
-            raw.latent[r][c] = make_uint4(0, 0, 0, 0);
-            if (slot[r] >= 0) raw.latent[r][c] = load16(at[r] + c * 64 + quad * 16);
-        }
-#pragma unroll
-        for (int c = 0; c < 2; c++) {
-            raw.rope[r][c] = make_uint4(0, 0, 0, 0);
-            if (slot[r] >= 0) raw.rope[r][c] = load16(at[r] + 528 + quad * 32 + c * 16);
-        }
-        next[r] = item.count > 1 ? slot_of(w, indices, (item.first + 1) * KEYS + row0 + 8 * r, item.length) : -1;
+        int slot = item.count > 0 ? slot_of(w, indices, item.first * KEYS + row0 + 8 * r, item.length) : -1;
+        const unsigned char* at = slot < 0 ? nullptr : record_of(w, slot);
+        load_record(raw, r, at, quad);
+        load_rope(raw, r, at, quad);
+        valid[r] = slot >= 0;
     }
     sync_some(2, 384);  // queries are in shared memory
 
     for (int block = 0; block < item.count; block++) {
-        bool valid[2] = {slot[0] >= 0, slot[1] >= 0};
         u32 scale[2][2];
 #pragma unroll
         for (int r = 0; r < 2; r++) {
             scale[r][0] = pack(raw.scale[r].x * 0x1p120f, raw.scale[r].y * 0x1p120f);
             scale[r][1] = pack(raw.scale[r].z * 0x1p120f, raw.scale[r].w * 0x1p120f);
-            slot[r] = next[r];
-            at[r] = record_of(w, max(slot[r], 0));
-            int after = (item.first + block + 2) * KEYS + row0 + 8 * r;
-            next[r] = block + 2 < item.count ? slot_of(w, indices, after, item.length) : -1;
-            raw.scale[r] = make_float4(0, 0, 0, 0);
-            if (slot[r] >= 0) {
-                uint4 v = load16(at[r] + LATENT);
-                raw.scale[r] = *reinterpret_cast<float4*>(&v);
-            }
         }
         bar_wait(&s.empty[stage], phase ^ 1);
         float score[COLUMNS * 4];
-#pragma unroll
-        for (int i = 0; i < COLUMNS * 4; i++) score[i] = 0;
         const u32 v_at = address(s.values[stage]) + row0 * 128;
         u32 keys[2][4][4];
 #pragma unroll
-        for (int c = 0; c < CHUNKS + 1; c++) {
-            u32(&a)[4][4] = keys[c % 2];
-            if (c >= 2) mma_wait<1>();  // the products that read these registers
+        for (int step = 0; step < CHUNKS + 1; step++) {
+            const int c = step ? step - 1 : CHUNKS;  // the rotated part first
+            u32(&a)[4][4] = keys[step % 2];
+            if (step >= 2) mma_wait<1>();  // the products that read these registers
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 if (c < CHUNKS) {
@@ -297,26 +325,31 @@ __device__ __forceinline__ void make_scores(const Work& w, const Item& item, Sha
                     u32 to = v_at + c * 8192 + r * 1024;
                     store16(to + (((quad * 2) ^ group) << 4), a[0][r], a[0][r + 2], a[1][r], a[1][r + 2]);
                     store16(to + (((quad * 2 + 1) ^ group) << 4), a[2][r], a[2][r + 2], a[3][r], a[3][r + 2]);
-                    x = make_uint4(0, 0, 0, 0);
-                    if (slot[r] >= 0) x = load16(at[r] + c * 64 + quad * 16);
                 } else {
                     uint4 &x = raw.rope[r][0], &y = raw.rope[r][1];
                     a[0][r] = x.x, a[0][r + 2] = x.y, a[1][r] = x.z, a[1][r + 2] = x.w;
                     a[2][r] = y.x, a[2][r + 2] = y.y, a[3][r] = y.z, a[3][r + 2] = y.w;
-                    x = make_uint4(0, 0, 0, 0), y = x;
-                    if (slot[r] >= 0) {
-                        x = load16(at[r] + 528 + quad * 32);
-                        y = load16(at[r] + 528 + quad * 32 + 16);
-                    }
                 }
             }
             mma_fence();
 #pragma unroll
             for (int i = 0; i < 4; i++)
-                mma_scores(score, a[i], descriptor(q_at + c * HEADS * 128 + i * 32, 16, 1024), c + i > 0);
+                mma_scores(score, a[i], descriptor(q_at + c * HEADS * 128 + i * 32, 16, 1024), step + i > 0);
             mma_commit();
+            if (step == DELAY && block > 0 && lane == 0) bar_arrive(&s.full[stage ^ 1]);
+        }
+        // the next block's records come while this one's scores are waited for
+        bool now[2] = {valid[0], valid[1]};
+        const unsigned char* at[2];
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            at[r] = s.record[(block + 1) % RECORDS][row0 + 8 * r];
+            load_record(raw, r, at[r], quad);
+            valid[r] = at[r] != nullptr;
         }
         mma_wait<0>();
+#pragma unroll
+        for (int r = 0; r < 2; r++) load_rope(raw, r, at[r], quad);
 
         // scores become exponents of two below the heads' references
         float most = -1e30f;
@@ -326,11 +359,14 @@ __device__ __forceinline__ void make_scores(const Work& w, const Item& item, Sha
 #pragma unroll
             for (int i = 0; i < 4; i++) {
                 float x = fmaf(score[j * 4 + i], w.scale_log2, i % 2 ? -ref.y : -ref.x);
-                x = valid[i / 2] ? x : -INFINITY;
                 score[j * 4 + i] = x;
-                most = fmaxf(most, x);
             }
         }
+        if (!__all_sync(~0u, now[0] && now[1]))
+#pragma unroll
+            for (int i = 0; i < COLUMNS * 4; i++) score[i] = now[i % 4 / 2] ? score[i] : -INFINITY;
+#pragma unroll
+        for (int i = 0; i < COLUMNS * 4; i++) most = fmaxf(most, score[i]);
         bool shift = any_of_group(most > SLACK || fresh);
         if (shift) {
             float peak[COLUMNS * 2];
@@ -386,10 +422,12 @@ __device__ __forceinline__ void make_scores(const Work& w, const Item& item, Sha
         }
         fence_async();
         __syncwarp();
-        if (lane == 0) bar_arrive(&s.full[stage]);
+        if (DELAY < 0 && lane == 0) bar_arrive(&s.full[stage]);
         stage ^= 1;
         phase ^= stage == 0;
     }
+
+    if (DELAY >= 0 && item.count > 0 && lane == 0) bar_arrive(&s.full[stage ^ 1]);
 
     // sums over keys, shares of the result, and the logarithms
 #pragma unroll
@@ -405,8 +443,9 @@ __device__ __forceinline__ void make_scores(const Work& w, const Item& item, Sha
         const int head = head0 + tid;
         float total = s.most[0][tid] + s.most[1][tid] + s.most[2][tid] + s.most[3][tid];
         float share = total > 0 ? 1 / total : 0;
+        if (MODE == JOINED) share = total;
         float lse = (s.reference[tid] + log2f(total)) * LN2;
-        if (head < w.heads) {
+        if (head < w.heads && MODE != JOINED) {
             if (item.direct) {
                 if (w.sink && total > 0) share /= 1 + expf(w.sink[head] - lse);
                 long long to = ((long long)(item.row / w.next_n) * w.heads + head) * w.next_n + item.row % w.next_n;
@@ -444,10 +483,28 @@ __device__ __forceinline__ void load_queries(const Work& w, const Item& item, Sh
     fence_async();
 }
 
+// Finds the records of one block of keys, a key for each thread, and has them brought to L2.
+__device__ __forceinline__ void find_records(const Work& w, const Item& item, Shared& s, int block) {
+    const int key = threadIdx.x - 128;
+    if (key >= KEYS) return;
+    const unsigned char* record = nullptr;
+    if (block < item.count) {
+        const int* indices = w.indices + (item.row / w.next_n) * w.index_batch + (item.row % w.next_n) * w.index_next;
+        int slot = slot_of(w, indices, (item.first + block) * KEYS + key, item.length);
+        if (slot >= 0) {
+            record = record_of(w, slot);
+            prefetch(record);
+        }
+    }
+    s.record[block % RECORDS][key] = record;
+}
+
 __device__ __forceinline__ void add_values(const Work& w, const Item& item, Shared& s, int& stage, u32& phase, int head0) {
     const int tid = threadIdx.x % 128, half = threadIdx.x / 128 - 1;
     const int warp = tid / 32, lane = tid % 32, group = lane / 4, quad = lane % 4;
     const int row0 = warp * 16 + group;
+    find_records(w, item, s, 1);
+    find_records(w, item, s, 2);
     load_queries(w, item, s, head0);
     sync_some(2, 384);
     float acc[128];
@@ -465,12 +522,29 @@ __device__ __forceinline__ void add_values(const Work& w, const Item& item, Shar
         for (int i = 0; i < KEYS / 16; i++)
             mma_values(acc, descriptor(p_at + i * 2048, 8192, 1024), descriptor(v_at + i * 2048, 8192, 1024), block + i > 0);
         mma_commit();
+        find_records(w, item, s, block + 3);
         mma_wait<0>();
+        __syncwarp();
         if (lane == 0) bar_arrive(&s.empty[stage]);
         stage ^= 1;
         phase ^= stage == 0;
     }
-    sync_some(3, 384);  // shares are in shared memory
+    sync_some(3, 384);  // shares are in shared memory, and values are needed no more
+    if (MODE == JOINED) {
+        const u32 to = address(s.values);
+#pragma unroll
+        for (int r = 0; r < 2; r++) {
+            const int row = row0 + 8 * r;
+            if (row < HEADS)
+#pragma unroll
+                for (int i = 0; i < 32; i++) {
+                    u32 chunk = (half * 64 + i * 2 + quad / 2) ^ (group * 2);
+                    float a = item.count ? acc[i * 4 + r * 2] : 0.f, b = item.count ? acc[i * 4 + r * 2 + 1] : 0.f;
+                    asm volatile("st.shared.v2.f32 [%0], {%1, %2};" ::"r"(to + row * 2048 + chunk * 16 + quad % 2 * 8), "f"(a), "f"(b));
+                }
+        }
+        return;
+    }
 #pragma unroll
     for (int r = 0; r < 2; r++) {
         const int row = row0 + 8 * r, head = head0 + row;
@@ -495,6 +569,59 @@ __device__ __forceinline__ void add_values(const Work& w, const Item& item, Shar
     }
 }
 
+// The pieces of a row, one in each block of the cluster, become its result: every block takes a part
+// of the columns of all heads.
+__device__ __forceinline__ void join(const Work& w, const Item& item, Shared& s, int head0) {
+    const int tid = threadIdx.x, pieces = w.splits, rank = blockIdx.y;
+    cluster_sync();
+    const int heads = min(HEADS, w.heads - head0);
+    if (tid < heads) {
+        const u32 reference_at = address(&s.reference[tid]), total_at = address(&s.share[tid]);
+        float reference[CLUSTER], total[CLUSTER], most = -INFINITY, sum = 0;
+#pragma unroll
+        for (int r = 0; r < CLUSTER; r++) {
+            total[r] = r < pieces ? load_remote(at_rank(total_at, r)) : 0;
+            reference[r] = r < pieces ? load_remote(at_rank(reference_at, r)) : 0;
+            if (total[r] > 0) most = fmaxf(most, reference[r]);
+        }
+#pragma unroll
+        for (int r = 0; r < CLUSTER; r++) {
+            reference[r] = total[r] > 0 ? exp2f(reference[r] - most) : 0;
+            sum += total[r] * reference[r];
+        }
+        float lse = (most + log2f(sum)) * LN2, share = sum > 0 ? 1 / sum : 0;
+        if (w.sink && sum > 0) share /= 1 + expf(w.sink[head0 + tid] - lse);
+#pragma unroll
+        for (int r = 0; r < CLUSTER; r++) s.weight[r][tid] = reference[r] * share;
+        if (rank == 0) {
+            long long to = ((long long)(item.row / w.next_n) * w.heads + head0 + tid) * w.next_n + item.row % w.next_n;
+            w.lse[to] = sum > 0 ? lse : INFINITY;
+        }
+    }
+    sync_some(4, 384);
+    const u32 from = address(s.values);
+    unsigned short* out = w.out + ((long long)item.row * w.heads + head0) * LATENT;
+    const int all = heads * (LATENT / 4), part = (all + pieces - 1) / pieces;
+    for (int i = rank * part + tid; i < min(all, (rank + 1) * part); i += 384) {
+        const int row = i / (LATENT / 4), chunk = i % (LATENT / 4);
+        const u32 at = from + row * 2048 + ((chunk ^ (row % 8 * 2)) * 16);
+        float4 v[CLUSTER], sum = make_float4(0, 0, 0, 0);
+#pragma unroll
+        for (int r = 0; r < CLUSTER; r++)
+            if (r < pieces) v[r] = load_remote16(at_rank(at, r));
+#pragma unroll
+        for (int r = 0; r < CLUSTER; r++)
+            if (r < pieces) {
+                float f = s.weight[r][row];
+                sum.x = fmaf(v[r].x, f, sum.x), sum.y = fmaf(v[r].y, f, sum.y);
+                sum.z = fmaf(v[r].z, f, sum.z), sum.w = fmaf(v[r].w, f, sum.w);
+            }
+        // the middle columns of four are swapped
+        *reinterpret_cast<uint2*>(out + (long long)i * 4) = make_uint2(pack(sum.x, sum.z), pack(sum.y, sum.w));
+    }
+    cluster_sync();  // nobody leaves while others read here
+}
+
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(384, 1) sparse_decode(const __grid_constant__ Work w) {
@@ -506,32 +633,44 @@ extern "C" __global__ void __launch_bounds__(384, 1) sparse_decode(const __grid_
         for (int i = 0; i < STAGES; i++) bar_init(&s.full[i], 4), bar_init(&s.empty[i], 8);
         asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
-    int row = who, last = who, begin = blockIdx.y * w.span, stop = begin + w.span;
-    int piece = who * w.splits + blockIdx.y;
-    if (w.schedule) {
-        row = w.schedule[who * 4], begin = w.schedule[who * 4 + 1];
-        last = min(w.schedule[who * 4 + 2], w.rows - 1), stop = w.schedule[who * 4 + 3];
-        piece = 0;  // pieces are numbered row by row and worker by worker
-        for (int i = 0; i < who; i++)
-            piece += max(0, min(w.schedule[i * 4 + 2], w.rows - 1) - w.schedule[i * 4] + 1);
-    }
     __syncthreads();
     int stage = 0;
     u32 phase = 0;
-    if (threadIdx.x < 128) {
-        asm volatile("setmaxnreg.inc.sync.aligned.u32 192;");
-        for (int at = row; at <= last; at++, piece++) {
-            int first = at == row ? begin : 0, end = at == last ? stop : 1 << 30;
-            bool direct = w.schedule ? w.num_splits[at + 1] - w.num_splits[at] <= 1 : w.splits == 1;
-            make_scores(w, item_of(w, at, first, end, piece, direct), s, stage, phase, head0);
-            sync_some(3, 384);
+    if (MODE == PLANNED) {
+        const int row = w.schedule[who * 4], begin = w.schedule[who * 4 + 1];
+        const int last = min(w.schedule[who * 4 + 2], w.rows - 1), stop = w.schedule[who * 4 + 3];
+        int piece = 0;  // pieces are numbered row by row and worker by worker
+        for (int i = threadIdx.x % 32; i < who; i += 32)
+            piece += max(0, min(w.schedule[i * 4 + 2], w.rows - 1) - w.schedule[i * 4] + 1);
+        piece = __reduce_add_sync(~0u, piece);
+        if (threadIdx.x < 128) {
+            asm volatile("setmaxnreg.inc.sync.aligned.u32 184;");
+            for (int at = row; at <= last; at++, piece++) {
+                int first = at == row ? begin : 0, end = at == last ? stop : 1 << 30;
+                bool direct = w.num_splits[at + 1] - w.num_splits[at] <= 1;
+                make_scores(w, item_of(w, at, first, end, piece, direct), s, stage, phase, head0);
+                sync_some(3, 384);
+            }
+        } else {
+            asm volatile("setmaxnreg.dec.sync.aligned.u32 160;");
+            for (int at = row; at <= last; at++, piece++) {
+                int first = at == row ? begin : 0, end = at == last ? stop : 1 << 30;
+                bool direct = w.num_splits[at + 1] - w.num_splits[at] <= 1;
+                add_values(w, item_of(w, at, first, end, piece, direct), s, stage, phase, head0);
+            }
         }
     } else {
-        asm volatile("setmaxnreg.dec.sync.aligned.u32 160;");
-        for (int at = row; at <= last; at++, piece++) {
-            int first = at == row ? begin : 0, end = at == last ? stop : 1 << 30;
-            bool direct = w.schedule ? w.num_splits[at + 1] - w.num_splits[at] <= 1 : w.splits == 1;
-            add_values(w, item_of(w, at, first, end, piece, direct), s, stage, phase, head0);
+        const int begin = blockIdx.y * w.span;
+        const Item item = item_of(w, who, begin, begin + w.span, who * w.splits + blockIdx.y, w.splits == 1);
+        if (threadIdx.x < 128) {
+            asm volatile("setmaxnreg.inc.sync.aligned.u32 184;");
+            make_scores(w, item, s, stage, phase, head0);
+            sync_some(3, 384);
+            if (MODE == JOINED) join(w, item, s, head0);
+        } else {
+            asm volatile("setmaxnreg.dec.sync.aligned.u32 160;");
+            add_values(w, item, s, stage, phase, head0);
+            if (MODE == JOINED) join(w, item, s, head0);
         }
     }
 }

@@ -6,14 +6,14 @@
 //   mix (2)  O += P V, each for half of the 512 value columns, and the result
 // The numerators' base follows the largest score only when that is 2^8 above it, so that O is seldom
 // rescaled. WIDTH (columns of a key, 512 or 576) and HALF (fp16 instead of bf16) are macros.
-#include "sparse_prefill_wgmma.cuh"
+#include "sparse_prefill_work.cuh"
 
-constexpr int HEADS = 64, KEYS = 48, STAGES = 3, VALUES = 512;
+constexpr int STAGES = 3;
 constexpr int PIECES = WIDTH / 64, HELD = 4;  // pieces of 64 columns; of Q, those in registers
-constexpr unsigned K_PIECE = KEYS * 128, Q_PIECE = HEADS * 128;
+constexpr unsigned K_PIECE = KEYS * 128, Q_PIECE = ROWS * 128;
 constexpr unsigned K_AT = 0, K_TILE = PIECES * K_PIECE;
 constexpr unsigned Q_AT = K_AT + STAGES * K_TILE;
-constexpr unsigned P_AT = Q_AT + (PIECES - HELD) * Q_PIECE, P_TILE = HEADS * 128;
+constexpr unsigned P_AT = Q_AT + (PIECES - HELD) * Q_PIECE, P_TILE = ROWS * 128;
 constexpr unsigned KEPT_AT = P_AT + 2 * P_TILE;       // float [2, 64]: what old sums are scaled by
 constexpr unsigned RAISED_AT = KEPT_AT + 2 * 64 * 4;  // int [2, 4]: whether a warp's rows are scaled
 constexpr unsigned FACTOR_AT = RAISED_AT + 2 * 4 * 4; // float [64]: what the result is scaled by
@@ -22,37 +22,6 @@ constexpr unsigned K_FULL = BARRIERS_AT, K_FREE = K_FULL + 8 * STAGES, P_FULL = 
                    P_FREE = P_FULL + 16, Q_FULL = P_FREE + 16, Q_FREE = Q_FULL + 8,
                    FACTOR_FULL = Q_FREE + 8, FACTOR_FREE = FACTOR_FULL + 8;
 constexpr float LOG2E = 1.4426950408889634f, HEADROOM = 8.0f;
-
-struct Call {
-    const unsigned short *q, *kv;
-    const int *indices, *lengths;
-    const float* sink;
-    unsigned short* out;
-    float *top, *lse;
-    long long q_token, q_head, kv_row, index_row;
-    int tokens, heads, context, k;
-    float scale;
-};
-
-// One query and 64 of its heads.
-struct Item {
-    long long token;
-    int head, count, tiles;
-
-    DEV Item(const Call& call, int at) {
-        int blocks = (call.heads + HEADS - 1) / HEADS;
-        token = at / blocks;
-        head = at % blocks * HEADS;
-        count = call.lengths ? max(0, min(call.k, call.lengths[token])) : call.k;
-        tiles = max(1, (count + KEYS - 1) / KEYS);
-    }
-    // The row of kv at place `at` of the selection; -1 if there is none.
-    DEV int row(const Call& call, int at) const {
-        if (at >= count) return -1;
-        int found = call.indices[token * call.index_row + at];
-        return (unsigned)found < (unsigned)call.context ? found : -1;
-    }
-};
 
 // A position in a ring of buffers, and the parity of its barriers.
 template <int SIZE>
@@ -63,36 +32,32 @@ struct Ring {
     }
 };
 
-DEV int items(const Call& call) {
-    return call.tokens * ((call.heads + HEADS - 1) / HEADS);
-}
-
 DEV void gather(const Call& call, unsigned base) {
     const int piece = threadIdx.x & 7, group = threadIdx.x % 128 >> 3;
     const unsigned place = group * 128 + ((piece ^ (group & 7)) << 4);
     Ring<STAGES> ring;
     unsigned round = 0;
-    for (int at = blockIdx.x; at < items(call); at += gridDim.x, round ^= 1) {
-        const Item item(call, at);
+    for (int at = blockIdx.x; at < Work::count(call); at += gridDim.x, round ^= 1) {
+        const Work work(call, at);
         int rows[KEYS / 16];
 #pragma unroll
-        for (int i = 0; i < KEYS / 16; ++i) rows[i] = item.row(call, group + 16 * i);
+        for (int i = 0; i < KEYS / 16; ++i) rows[i] = work.key(call, group + 16 * i);
         wait(base + Q_FREE, round ^ 1);
 #pragma unroll 1
-        for (int i = 0; i < HEADS / 16; ++i) {
-            const int head = item.head + group + 16 * i, bytes = head < call.heads ? 16 : 0;
-            const unsigned short* from = call.q + item.token * call.q_token +
-                                         (bytes ? head : 0) * call.q_head + HELD * 64 + piece * 8;
+        for (int i = 0; i < ROWS / 16; ++i) {
+            const int row = group + 16 * i, bytes = work.has(call, row) ? 16 : 0;
+            const unsigned short* from =
+                (bytes ? work.query(call, row) : call.q) + HELD * 64 + piece * 8;
 #pragma unroll
             for (int c = 0; c < PIECES - HELD; ++c)
                 copy16(base + Q_AT + c * Q_PIECE + place + i * 2048, from + c * 64, bytes);
         }
         arrive_after_copies(base + Q_FULL);
-        for (int t = 0; t < item.tiles; ++t, ring.next()) {
+        for (int t = 0; t < work.tiles; ++t, ring.next()) {
             int next[KEYS / 16];
 #pragma unroll
             for (int i = 0; i < KEYS / 16; ++i)
-                next[i] = item.row(call, (t + 1) * KEYS + group + 16 * i);
+                next[i] = work.key(call, (t + 1) * KEYS + group + 16 * i);
             wait(base + K_FREE + 8 * ring.at, ring.phase ^ 1);
             const unsigned to = base + K_AT + ring.at * K_TILE + place;
 #pragma unroll
@@ -126,29 +91,8 @@ DEV void scores(float (&s)[24], const unsigned (&held)[4 * HELD][4], unsigned ba
 // Softmax of the two rows of a thread, row g and row g + 8 of its warp's 16.
 struct Softmax {
     float peak[2], base[2], total[2];
-    int rows[2];  // what this lane holds of the tile's selection, 48 for 32 lanes
-
-    DEV void look(const Call& call, const Item& item, int t) {
-        const int lane = threadIdx.x & 31;
-        rows[0] = item.row(call, t * KEYS + lane);
-        rows[1] = lane < KEYS - 32 ? item.row(call, t * KEYS + 32 + lane) : -1;
-    }
-
-    DEV void step(float (&s)[24], const Call& call, const Item& item, unsigned base_at, int t,
-                  Ring<2>& ring) {
+    DEV void step(float (&s)[24], float unit, unsigned base_at, Ring<2>& ring) {
         const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 & 3, t4 = lane & 3;
-        const unsigned low = __ballot_sync(~0u, rows[0] >= 0);
-        const unsigned high = __ballot_sync(~0u, rows[1] >= 0);
-        look(call, item, t + 1);
-        if (low != ~0u || high != 0xffffu) {
-#pragma unroll
-            for (int j = 0; j < 6; ++j) {
-                const unsigned seen = (j < 4 ? low : high) >> (8 * (j & 3) + 2 * t4);
-                if (!(seen & 1)) s[4 * j] = s[4 * j + 2] = -INFINITE;
-                if (!(seen & 2)) s[4 * j + 1] = s[4 * j + 3] = -INFINITE;
-            }
-        }
-        const float unit = call.scale * LOG2E;
         bool far = false;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -201,24 +145,26 @@ struct Softmax {
         ring.next();
     }
 
-    DEV void end(const Call& call, const Item& item, unsigned base_at) {
+    DEV void end(const Call& call, const Work& work, unsigned base_at) {
         const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 & 3;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             total[r] += __shfl_xor_sync(~0u, total[r], 1);
             total[r] += __shfl_xor_sync(~0u, total[r], 2);
-            const int row = warp * 16 + lane / 4 + 8 * r, head = item.head + row;
-            const bool none = total[r] == 0;
+            if (lane & 3) continue;
+            const int row = warp * 16 + lane / 4 + 8 * r;
+            const bool none = total[r] == 0, own = work.has(call, row);
             const float log = base[r] * call.scale + logarithm2(total[r]) / LOG2E;
             float factor = none ? 0.0f : 1 / total[r];
-            if (call.sink && head < call.heads)
-                factor /= 1 + power2((call.sink[head] - log) * LOG2E);
-            if (lane & 3) continue;
-            store(base_at + FACTOR_AT + row * 4, none ? 0.0f : factor);
-            if (head < call.heads) {
-                call.top[item.token * call.heads + head] = peak[r] * call.scale;
-                call.lse[item.token * call.heads + head] = none ? INFINITE : log;
-            }
+#ifndef RANGES
+            if (call.sink && own && !none)
+                factor /= 1 + power2((call.sink[work.head + row] - log) * LOG2E);
+#endif
+            store(base_at + FACTOR_AT + row * 4, factor);
+            if (!own) continue;
+            const long long place = work.place(call, row);
+            call.lse[place] = none ? INFINITE : log;
+            if (call.top) call.top[place] = peak[r] * call.scale;
         }
     }
 };
@@ -230,19 +176,19 @@ DEV void score(const Call& call, unsigned base) {
     unsigned round = 0;
     float s[2][24];
     unsigned held[4 * HELD][4];
-    for (int at = blockIdx.x; at < items(call); at += gridDim.x, round ^= 1) {
-        const Item item(call, at);
+    for (int at = blockIdx.x; at < Work::count(call); at += gridDim.x, round ^= 1) {
+        const Work work(call, at);
+        Sight sight(call, work);
         Softmax softmax;
-        softmax.look(call, item, 0);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
-            const int head = item.head + warp * 16 + lane / 4 + 8 * r;
-            const unsigned short* from = call.q + item.token * call.q_token + 2 * (lane & 3);
-            const unsigned* own = (const unsigned*)(from + head * call.q_head);
+            const int row = warp * 16 + lane / 4 + 8 * r;
+            const bool own = work.has(call, row);
+            const unsigned* from = (const unsigned*)(work.query(call, row) + 2 * (lane & 3));
 #pragma unroll
             for (int i = 0; i < 4 * HELD; ++i) {
-                held[i][r] = head < call.heads ? own[8 * i] : 0;
-                held[i][2 + r] = head < call.heads ? own[8 * i + 4] : 0;
+                held[i][r] = own ? from[8 * i] : 0;
+                held[i][2 + r] = own ? from[8 * i + 4] : 0;
             }
             softmax.peak[r] = softmax.base[r] = -INFINITE;
             softmax.total[r] = 0;
@@ -253,30 +199,34 @@ DEV void score(const Call& call, unsigned base) {
             scores(into, held, base, ring.at);
             ring.next();
         };
+        const auto finish = [&](float (&from)[24], int t) {
+            sight.hide(from, call, work, t);
+            softmax.step(from, call.scale * LOG2E, base, turn);
+        };
         wait(base + Q_FULL, round);
         begin(s[0]);
         for (int t = 0;; ++t) {
-            if (t + 1 == item.tiles) {
+            if (t + 1 == work.tiles) {
                 products_wait<0>(s[0]);
                 if (lane == 0) arrive(base + Q_FREE);
-                softmax.step(s[0], call, item, base, t, turn);
+                finish(s[0], t);
                 break;
             }
             begin(s[1]);
             products_wait<1>(s[0]);
-            softmax.step(s[0], call, item, base, t, turn);
-            if (++t + 1 == item.tiles) {
+            finish(s[0], t);
+            if (++t + 1 == work.tiles) {
                 products_wait<0>(s[1]);
                 if (lane == 0) arrive(base + Q_FREE);
-                softmax.step(s[1], call, item, base, t, turn);
+                finish(s[1], t);
                 break;
             }
             begin(s[0]);
             products_wait<1>(s[1]);
-            softmax.step(s[1], call, item, base, t, turn);
+            finish(s[1], t);
         }
         wait(base + FACTOR_FREE, round ^ 1);
-        softmax.end(call, item, base);
+        softmax.end(call, work, base);
         __syncwarp();
         if (lane == 0) arrive(base + FACTOR_FULL);
     }
@@ -303,9 +253,9 @@ DEV void mix(const Call& call, unsigned base, int half) {
     Ring<2> turn;
     unsigned round = 0;
     float o[2][64];  // columns 0 to 127 and 128 to 255 of the half
-    for (int at = blockIdx.x; at < items(call); at += gridDim.x, round ^= 1) {
-        const Item item(call, at);
-        for (int t = 0; t < item.tiles; ++t, ring.next(), turn.next()) {
+    for (int at = blockIdx.x; at < Work::count(call); at += gridDim.x, round ^= 1) {
+        const Work work(call, at);
+        for (int t = 0; t < work.tiles; ++t, ring.next(), turn.next()) {
             wait(base + K_FULL + 8 * ring.at, ring.phase);
             wait(base + P_FULL + 8 * turn.at, turn.phase);
             fence_proxy();
@@ -337,21 +287,33 @@ DEV void mix(const Call& call, unsigned base, int half) {
         const float lower = load(base + FACTOR_AT + (row + 8) * 4);
         __syncwarp();
         if (lane == 0) arrive(base + FACTOR_FREE);
-        unsigned short* to = call.out + (item.token * call.heads + item.head + row) * VALUES +
-                             half * 256 + 8 * (lane & 3);
 #pragma unroll
-        for (int j = 0; j < 8; ++j) {
+        for (int r = 0; r < 2; ++r) {
+            const float factor = r ? lower : upper;
+            const bool own = work.has(call, row + 8 * r);
+            const long long to = work.place(call, row + 8 * r) * VALUES + half * 256;
+            if (call.part) {
 #pragma unroll
-            for (int r = 0; r < 2; ++r) {
+                for (int j = 0; j < 32; ++j) {
+                    const float* pair = &o[j / 16][4 * (j % 16) + 2 * r];
+                    if (own)
+                        *(float2*)(call.part + to + 8 * j + 2 * (lane & 3)) =
+                            make_float2(pair[0] * factor, pair[1] * factor);
+                }
+                continue;
+            }
+#pragma unroll
+            for (int j = 0; j < 8; ++j) {
                 unsigned w[4];
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const float* pair = &o[j / 4][16 * (j % 4) + 4 * i + 2 * r];
-                    w[i] = pack(pair[0] * (r ? lower : upper), pair[1] * (r ? lower : upper));
+                    w[i] = pack(pair[0] * factor, pair[1] * factor);
                 }
                 exchange(w);
-                if (item.head + row + 8 * r < call.heads)
-                    *(uint4*)(to + 8 * r * VALUES + 32 * j) = make_uint4(w[0], w[1], w[2], w[3]);
+                if (own)
+                    *(uint4*)(call.out + to + 32 * j + 8 * (lane & 3)) =
+                        make_uint4(w[0], w[1], w[2], w[3]);
             }
         }
     }
@@ -359,12 +321,12 @@ DEV void mix(const Call& call, unsigned base, int half) {
 
 extern "C" __global__ void __launch_bounds__(512, 1) attend(
     const unsigned short* q, const unsigned short* kv, const int* indices, const int* lengths,
-    const float* sink, unsigned short* out, float* top, float* lse, long long q_token,
+    const float* sink, unsigned short* out, float* top, float* lse, float* part, long long q_token,
     long long q_head, long long kv_row, long long index_row, int tokens, int heads, int context,
-    int k, float scale) {
+    int k, int splits, float scale) {
     extern __shared__ __align__(1024) unsigned char memory[];
-    const Call call{q,      kv,     indices,   lengths, sink,  out,     top, lse, q_token,
-                    q_head, kv_row, index_row, tokens,  heads, context, k,   scale};
+    const Call call{q,      kv,        indices, lengths, sink,    out, top,    lse,  part, q_token,
+                    q_head, kv_row, index_row, tokens,  heads,   context, k, splits, scale};
     const unsigned base = address(memory);
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {

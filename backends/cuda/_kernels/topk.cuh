@@ -1,18 +1,18 @@
 // A block's list of (score, column) in shared memory, in order of columns: the cut at its k-th score,
-// and what is kept of it. Built with THREADS of a block, PER scores of a thread in a tile, and the
-// blocks RESIDENT on a processor.
+// and what is kept of it. Built with THREADS of a block, PER scores of a thread in a tile, CAP entries
+// of a list, and BYTES of shared memory.
 
 #pragma once
 
 #define FULL 0xffffffffu
 #define WARPS (THREADS / 32)
 #define TILE (THREADS * PER)  // scores that are offered to the list in one step
-#define SAMPLE 2048
+#define OWN (CAP / THREADS)   // entries of the list that a thread may hold while it is cut
+#define SAMPLED 8             // scores of a thread in a sample
+#define PREFETCHED 65536      // bytes of a row
 #define BINS 1024
 #define FEW 32  // scores in a bin that one warp ranks directly
-#define SAMPLED_FROM 4096
 #define LOWEST (-3.402823466e38f)
-#define NAN_VALUE __uint_as_float(0x7fffffffu)
 
 namespace {
 
@@ -23,25 +23,28 @@ struct Entry {
 
 struct Shared {
   unsigned bins[BINS];
-  unsigned few[FEW];
   alignas(8 * WARPS) unsigned sums[2][WARPS];
-  unsigned low, high, found_bin, found_above, found_inside, fews;
-  int held, place;
-  alignas(16) Entry list[1];  // as many as were asked for
+  unsigned lows[WARPS], highs[WARPS];
+  unsigned few[FEW];
+  unsigned found_bin, found_above, found_inside, fews;
+  int held[2][8], place;  // of the blocks of a cluster
+  unsigned long long counted[2], pushed;
+  alignas(16) Entry list[CAP];
 };
-static_assert(sizeof(Shared) <= 4736 + sizeof(Entry), "topk.py counts 4736 bytes beside the list");
+static_assert(sizeof(Shared) <= BYTES, "topk.py counts the bytes of shared memory");
 
-// What every thread of a block knows of the list: scores below `floor` do not enter.
+// What every thread of a block knows of the list: scores below `floor` do not enter. While `ties` is
+// positive, that many scores equal to the floor may still be wanted.
 struct State {
   float floor;
-  int count;
+  int count, ties;
   unsigned sums;  // address in shared memory of the sums that `exchange` writes next
 };
 
-// Selects all keys above `key`, `above` of them, and then the first of those equal to it.
+// Selects all keys above `key`, and the first `room` of those equal to it.
 struct Cut {
   unsigned key;
-  int above;
+  int room;
 };
 
 struct Sums {
@@ -51,7 +54,7 @@ struct Sums {
 __device__ int lane() { return threadIdx.x & 31; }
 __device__ int warp() { return threadIdx.x >> 5; }
 
-// Whole numbers in the order of scores. Adding 0 makes -0 and +0 one.
+// Whole numbers in the order of scores, above 0. Adding 0 makes -0 and +0 one.
 __device__ unsigned key_of(float x) {
   const unsigned bits = __float_as_uint(x + 0.0f);
   return bits ^ (static_cast<unsigned>(static_cast<int>(bits) >> 31) | 0x80000000u);
@@ -82,8 +85,8 @@ __device__ unsigned scan(unsigned own) {
   return own;
 }
 
-// Sums of one number per warp: over the warps before this one, and over all. A barrier of the block;
-// two memories in turn make one barrier enough.
+// Sums of one number per warp: over the warps before this one, and over all. One barrier is enough,
+// since two memories take turns.
 __device__ Sums exchange(State& state, unsigned mine) {
   if (lane() == 0) {
     asm volatile("st.shared.u32 [%0], %1;" ::"r"(state.sums + 4 * warp()), "r"(mine) : "memory");
@@ -101,11 +104,11 @@ __device__ Sums exchange(State& state, unsigned mine) {
 
 // The bin in which the count from above reaches k, for all threads.
 __device__ void find_bin(Shared& s, State& state, int k, int above) {
-  constexpr int OWN = BINS / THREADS;
-  const int top = BINS - 1 - static_cast<int>(threadIdx.x) * OWN;
+  constexpr int BINS_EACH = BINS / THREADS;
+  const int top = BINS - 1 - static_cast<int>(threadIdx.x) * BINS_EACH;
   unsigned own = 0;
 #pragma unroll
-  for (int i = 0; i < OWN; ++i) own += s.bins[top - i];
+  for (int i = 0; i < BINS_EACH; ++i) own += s.bins[top - i];
   const unsigned sum = scan(own);
   const unsigned all = __shfl_sync(FULL, sum, 31);
   int before = above + exchange(state, all).before + static_cast<int>(sum - own);
@@ -117,144 +120,117 @@ __device__ void find_bin(Shared& s, State& state, int k, int above) {
   __syncthreads();
 }
 
-// Where to cut a list of at least k entries so that its k best remain, or up to `slack` more.
-__device__ Cut cut_at(Shared& s, State& state, int k, int slack) {
+// Where to cut keys, N a thread, 0 where there is none, so that the k best remain. There are k at
+// least; from the `used`-th of each thread on there are none. A positive `slack` is how many more may remain; the cut is then rougher, and has room for
+// ties only where more than that are equal.
+template <int N>
+__device__ Cut cut_at(
+    Shared& s, State& state, const unsigned (&key)[N], int used, int k, int slack) {
   unsigned low = 0xffffffffu, high = 0;
-  for (int i = threadIdx.x; i < state.count; i += THREADS) {
-    const unsigned key = key_of(s.list[i].score);
-    low = min(low, key), high = max(high, key);
+#pragma unroll
+  for (int u = 0; u < N; ++u) {
+    if (u < used) low = min(low, key[u] - 1), high = max(high, key[u]);
   }
-  if (threadIdx.x == 0) s.low = 0xffffffffu, s.high = 0;
-  __syncthreads();
   low = __reduce_min_sync(FULL, low), high = __reduce_max_sync(FULL, high);
-  if (lane() == 0) atomicMin(&s.low, low), atomicMax(&s.high, high);
-  int above = 0;
-  bool first = true;
+  if (lane() == 0) s.lows[warp()] = low, s.highs[warp()] = high;
+  for (int i = threadIdx.x; i < BINS; i += THREADS) s.bins[i] = 0;
+  if (threadIdx.x == 0) s.fews = 0;
+  __syncthreads();
+  low = __reduce_min_sync(FULL, s.lows[lane() % WARPS]) + 1;
+  high = __reduce_max_sync(FULL, s.highs[lane() % WARPS]);
+  int above = 0, inside, need;
   while (true) {
-    for (int i = threadIdx.x; i < BINS; i += THREADS) s.bins[i] = 0;
-    if (threadIdx.x == 0) s.fews = 0;
-    __syncthreads();
-    if (first) low = s.low, high = s.high, first = false;
     const int shift = max(0, 32 - __clz(high - low) - 10);
-    for (int i = threadIdx.x; i < state.count; i += THREADS) {
-      const unsigned key = key_of(s.list[i].score);
-      if (key >= low && key <= high) atomicAdd(&s.bins[(key - low) >> shift], 1u);
+#pragma unroll
+    for (int u = 0; u < N; ++u) {
+      if (u < used && key[u] - low <= high - low) atomicAdd(&s.bins[(key[u] - low) >> shift], 1u);
     }
     __syncthreads();
     find_bin(s, state, k, above);
     low += s.found_bin << shift;
     high = min(high, low + ((1u << shift) - 1));
     above = s.found_above;
-    if (shift == 0) return {low, above};
-    const int inside = s.found_inside, need = k - above;
-    if (inside - need <= slack) return {low - 1, above + inside};
-    if (inside <= FEW) break;
+    inside = s.found_inside, need = k - above;
+    if (inside - need <= slack) return {low - 1, 0};
+    if (shift == 0) return {low, need};
+    if (slack == 0 && inside <= FEW) break;
+    for (int i = threadIdx.x; i < BINS; i += THREADS) s.bins[i] = 0;
+    __syncthreads();
   }
-  for (int i = threadIdx.x; i < state.count; i += THREADS) {
-    const unsigned key = key_of(s.list[i].score);
-    if (key >= low && key <= high) s.few[atomicAdd(&s.fews, 1u)] = key;
+#pragma unroll
+  for (int u = 0; u < N; ++u) {
+    if (u < used && key[u] - low <= high - low) s.few[atomicAdd(&s.fews, 1u)] = key[u];
   }
   __syncthreads();
-  const int inside = s.found_inside, need = k - above;
   const unsigned own = lane() < inside ? s.few[lane()] : 0;
   int greater = 0, equal = 0;
   for (int i = 0; i < inside; ++i) {
     const unsigned other = __shfl_sync(FULL, own, i);
     greater += other > own, equal += other == own;
   }
-  const unsigned cuts = __ballot_sync(FULL, greater < need && need <= greater + equal);
-  const int source = __ffs(cuts) - 1;
-  return {__shfl_sync(FULL, own, source), above + __shfl_sync(FULL, greater, source)};
+  const bool last = greater < need && need <= greater + equal;
+  const int source = __ffs(__ballot_sync(FULL, last)) - 1;
+  const unsigned found = __shfl_sync(FULL, own, source);
+  const int room = __shfl_sync(FULL, need - greater, source);
+  return room == __shfl_sync(FULL, equal, source) ? Cut{found - 1, 0} : Cut{found, room};
 }
 
-// Keep what `cut` selects, at most k entries: their columns in `out` if LAST, else in the list itself.
+// Cut the list down to its k best and put their columns into `out` if LAST, else the entries to the
+// list's front.
 template <bool LAST>
-__device__ void keep(Shared& s, State& state, Cut cut, int k, int* out) {
-  constexpr int U = 4;
-  const int room = max(0, k - cut.above);
+__device__ void keep_best(Shared& s, State& state, int k, int* out) {
+  // Warps have equal stretches of the list.
+  const int used = (state.count + THREADS - 1) / THREADS;
+  const int first = warp() * (32 * used) + lane();
+  unsigned key[OWN];
+  int column[OWN];
+#pragma unroll
+  for (int u = 0; u < OWN; ++u) {
+    key[u] = 0;
+    if (u < used && first + u * 32 < state.count) {
+      const Entry entry = s.list[first + u * 32];
+      key[u] = key_of(entry.score);
+      if constexpr (!LAST) column[u] = entry.column;
+    }
+  }
+  const Cut cut = state.count > k ? cut_at(s, state, key, used, k, 0) : Cut{0, 0};
+  unsigned counts = 0;
+#pragma unroll
+  for (int u = 0; u < OWN; ++u) {
+    if (u < used) counts += (key[u] > cut.key) + (cut.room && key[u] == cut.key ? 1 << 16 : 0);
+  }
+  const Sums sums = exchange(state, __reduce_add_sync(FULL, counts));
   const unsigned lower = (1u << lane()) - 1;
-  int above = 0, equal = 0;
-  for (int at = 0; at < state.count; at += THREADS * U) {
-    Entry entry[U];
-    unsigned ups[U], evens[U], counts = 0;
+  int above = sums.before & 0xffff, equal = sums.before >> 16;
 #pragma unroll
-    for (int u = 0; u < U; ++u) {
-      const int i = at + warp() * (32 * U) + u * 32 + lane();
-      unsigned key = 0;
-      if (i < state.count) entry[u] = s.list[i], key = key_of(entry[u].score);
-      ups[u] = __ballot_sync(FULL, key > cut.key);
-      evens[u] = __ballot_sync(FULL, i < state.count && key == cut.key);
-      counts += __popc(ups[u]) + (__popc(evens[u]) << 16);
-    }
-    const Sums sums = exchange(state, counts);
-    int ups_before = above + (sums.before & 0xffff), evens_before = equal + (sums.before >> 16);
-#pragma unroll
-    for (int u = 0; u < U; ++u) {
-      const int even = evens_before + __popc(evens[u] & lower);
-      const int place = ups_before + __popc(ups[u] & lower) + min(even, room);
-      if ((ups[u] >> lane() & 1) || ((evens[u] >> lane() & 1) && even < room)) {
-        if (LAST) {
-          out[place] = entry[u].column;
-        } else {
-          s.list[place] = entry[u];
-        }
+  for (int u = 0; u < OWN; ++u) {
+    if (u < used) {
+      const unsigned ups = __ballot_sync(FULL, key[u] > cut.key);
+      bool kept = ups >> lane() & 1;
+      int place = above + __popc(ups & lower);
+      above += __popc(ups);
+      if (cut.room) {
+        const unsigned evens = __ballot_sync(FULL, key[u] == cut.key);
+        const int even = equal + __popc(evens & lower);
+        kept |= (evens >> lane() & 1) && even < cut.room;
+        place += min(even, cut.room);
+        equal += __popc(evens);
       }
-      ups_before += __popc(ups[u]), evens_before += __popc(evens[u]);
+      if constexpr (LAST) {
+        if (kept) out[place] = s.list[first + u * 32].column;
+      } else {
+        if (kept) s.list[place] = {value_of(key[u]), column[u]};
+      }
     }
-    above += sums.all & 0xffff, equal += sums.all >> 16;
   }
+  state.count = (sums.all & 0xffff) + min(sums.all >> 16, cut.room);
+  state.floor = value_of(cut.key + 1), state.ties = 0;  // from here only higher scores are of use
   __syncthreads();
-  state.count = above + min(equal, room);
 }
 
-// Cut the list down to its k best; from here only higher scores enter.
-__device__ void reduce(Shared& s, State& state, int k) {
-  const Cut cut = cut_at(s, state, k, 0);
-  keep<false>(s, state, cut, k, nullptr);
-  state.floor = value_of(cut.key + 1);
-}
-
-// -- clusters -----------------------------------------------------------------------------------
-
-__device__ int cluster_size() {
-  int size;
-  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(size));
-  return size;
-}
-
-__device__ int cluster_rank() {
-  int rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return rank;
-}
-
-__device__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-  asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-__device__ unsigned remote(const void* own, int rank) {
-  unsigned there;
-  const unsigned here = static_cast<unsigned>(__cvta_generic_to_shared(own));
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(here), "r"(rank));
-  return there;
-}
-
-__device__ int remote_int(const int* own, int rank) {
-  int found;
-  asm volatile("ld.shared::cluster.s32 %0, [%1];" : "=r"(found) : "r"(remote(own, rank)) : "memory");
-  return found;
-}
-
-// Copy this block's list into the first block's, from `place` on.
-__device__ void push(Shared& s, int place, int count) {
-  const unsigned there = remote(s.list, 0);
-  for (int i = threadIdx.x; i < count; i += THREADS) {
-    const Entry entry = s.list[i];
-    asm volatile("st.shared::cluster.v2.b32 [%0], {%1, %2};" ::"r"(there + 8 * (place + i)),
-                 "r"(__float_as_uint(entry.score)), "r"(entry.column)
-                 : "memory");
-  }
+__device__ __noinline__ State reduced(Shared& s, State state, int k) {
+  keep_best<false>(s, state, k, nullptr);
+  return state;
 }
 
 }  // namespace

@@ -35,7 +35,11 @@ def _walk(
         at = start + tl.arange(0, KEYS_BLOCK)
         inside = at < end
         if MASKED:
-            word = tl.load(words + q_words[:, None] + (at >> 5)[None], mask=inside[None], other=0)
+            own = words + q_words + (start >> 5)
+            word = tl.load(own)[:, None]
+            if KEYS_BLOCK > 32:
+                next_word = tl.load(own + 1, mask=start + 32 < end, other=0)[:, None]
+                word = tl.where((at - start < 32)[None], word, next_word)
             seen = ((word >> (at & 31)[None]) & 1) != 0
             named = tl.load(anyone + (at >> 5), mask=inside, other=0)
             inside = inside & (((named >> (at & 31)) & 1) != 0)
@@ -93,8 +97,9 @@ def attend(
     PLAIN    the same code for all keys, those that every row sees included: less to compile
     PARTIAL  out is fp32 [splits, tokens, heads, VALUES] and lse [splits, tokens, heads]
 
-    A key is read WIDTH_BLOCK columns at first and then REST_BLOCK, if any are left. Grid: (blocks
-    of rows, kv_heads, splits); later queries, which see most when they are causal, start first.
+    KEYS_BLOCK is 64 at most. A key is read WIDTH_BLOCK columns at first and then REST_BLOCK, if any
+    are left. Grid: (blocks of rows, kv_heads, splits); later queries, which see most when they are
+    causal, start first.
     """
     log2e: tl.constexpr = 1.4426950408889634
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -166,27 +171,28 @@ def attend(
 
 
 @triton.jit
-def merge(part, part_lse, out, lse, rows, splits, VALUES: tl.constexpr, BLOCK: tl.constexpr):
+def merge(
+    part, part_lse, out, lse, rows, splits,
+    VALUES: tl.constexpr, SPLITS_BLOCK: tl.constexpr, COLUMNS_BLOCK: tl.constexpr,
+):  # fmt: skip
     """out [rows, VALUES] and lse [rows] of parts [splits, rows, VALUES] and their lse; a part
-    without keys has lse +inf. Grid: rows."""
+    without keys has lse +inf. Grid: (rows, blocks of columns)."""
     row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    peak = -float("inf")
-    for split in range(splits):
-        log = tl.load(part_lse + split * rows + row)
-        peak = tl.maximum(peak, tl.where(log == float("inf"), -float("inf"), log))
-    base = tl.where(peak == -float("inf"), 0.0, peak)
-    total = 0.0
-    mean = tl.zeros([BLOCK], tl.float32)
-    for split in range(splits):
-        log = tl.load(part_lse + split * rows + row)
-        share = tl.where(log == float("inf"), 0.0, tl.exp(log - base))
-        value = tl.load(part + (split * rows + row) * VALUES + column, mask=column < VALUES)
-        total += share
-        mean += share * value
-    nothing = total == 0
-    tl.store(
-        out + row * VALUES + column, tl.where(nothing, 0.0, mean / tl.where(nothing, 1.0, total)),
-        mask=column < VALUES,
+    column = tl.program_id(1) * COLUMNS_BLOCK + tl.arange(0, COLUMNS_BLOCK)
+    split = tl.arange(0, SPLITS_BLOCK)
+    place = split.to(tl.int64) * rows + row
+    log = tl.load(part_lse + place, mask=split < splits, other=float("inf"))
+    log = tl.where(log == float("inf"), float("-inf"), log)
+    value = tl.load(
+        part + place[:, None] * VALUES + column[None],
+        mask=(split < splits)[:, None] & (column < VALUES)[None], other=0.0,
     )  # fmt: skip
-    tl.store(lse + row, tl.where(nothing, float("inf"), base + tl.log(total)))
+    peak = tl.max(log, 0)
+    base = tl.where(peak == float("-inf"), 0.0, peak)
+    share = tl.exp(log - base)
+    total = tl.sum(share, 0)
+    nothing = total == 0
+    mean = tl.sum(share[:, None] * value, 0) / tl.where(nothing, 1.0, total)
+    tl.store(out + row * VALUES + column, mean, mask=column < VALUES)
+    if tl.program_id(1) == 0:
+        tl.store(lse + row, tl.where(nothing, float("inf"), base + tl.log(total)))

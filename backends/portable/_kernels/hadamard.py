@@ -12,7 +12,7 @@ from torch import Tensor
 from dsa_hal.backends.portable.rows import flat, pick
 
 EDGE = 128
-"""Columns per product; a wider transform sums products of its parts, each with a sign of its own."""
+"""Columns per product; a wider transform sums its parts' products, each with a sign of its own."""
 
 LEAST = tl.constexpr(16)
 """Smallest edge of a product on matrix units."""
@@ -29,7 +29,8 @@ def transformed(x: Tensor) -> Tensor:
     tile = pick("hadamard", rows, edge)
     _transform[(triton.cdiv(rows, tile.rows), dim // edge)](
         x, out, rows, dim, x.stride(0), dim**-0.5, EDGE=edge, WIDTH=max(LEAST.value, edge),
-        SPLIT=x.dtype == torch.float32, ROWS=tile.rows, num_warps=tile.warps,
+        PARTS=dim // edge, SPLIT=x.dtype == torch.float32, ROWS=tile.rows,
+        num_warps=tile.warps,
     )  # fmt: skip
     return out
 
@@ -43,18 +44,24 @@ def _odd(bits):
 
 
 @triton.jit
-def signs(row, COLUMNS: tl.constexpr, DIM: tl.constexpr, dtype: tl.constexpr):
-    """H[row, 0:COLUMNS] as +-1 [rows, COLUMNS], 0 beyond DIM. COLUMNS is 16 at least. The bits a
-    row shares with a column are those shared with its high and with its low three, which spares
-    most of the counting."""
-    high, low = tl.arange(0, COLUMNS // 8) * 8, tl.arange(0, 8)
-    ours = row[:, None]
-    odd = _odd(ours & high[None, :])[:, :, None] ^ _odd(ours & low[None, :])[:, None, :]
-    sign = tl.reshape(1 - 2 * odd, [row.shape[0], COLUMNS])
+def signs(any, row, COLUMNS: tl.constexpr, DIM: tl.constexpr, dtype: tl.constexpr):
+    """H[row, 0:COLUMNS] as +-1 [rows, COLUMNS], 0 beyond DIM. COLUMNS is 16 at least.
+
+    Bits are put together, as conversions are slow; those of a column's low three bits stand apart,
+    as eight neighbours differ in nothing else. `any` is a pointer that is not read.
+    """
+    ONE: tl.constexpr = 0x3F80 if dtype == tl.bfloat16 else 0x3C00
+    column = tl.arange(0, COLUMNS)
+    both = row[:, None] & column[None, :]
+    odd = (_odd(both & ~7) ^ both ^ (both >> 1) ^ (both >> 2)) & 1
+    sign = (odd << 15) | ONE
     if DIM < COLUMNS:
-        inside = (row < DIM)[:, None] & (tl.arange(0, COLUMNS) < DIM)[None, :]
-        sign = tl.where(inside, sign, 0)
-    return sign.to(tl.float32).to(dtype)
+        sign = tl.where((row < DIM)[:, None] & (column < DIM)[None, :], sign, 0)
+    sign = sign.to(tl.int16).to(dtype, bitcast=True)
+    # A load that never happens: it makes neighbours lie in one thread, so that they are written to
+    # shared memory 16 bytes at a time.
+    at = any.to(tl.pointer_type(dtype)) + row[:, None] * COLUMNS + column[None, :]
+    return tl.load(at, mask=(row < 0)[:, None] & (column < COLUMNS)[None, :], other=sign)
 
 
 @triton.jit
@@ -73,19 +80,24 @@ def signed_sum(x, sign, acc, SPLIT: tl.constexpr):
 @triton.jit(do_not_specialize=["rows"])
 def _transform(
     x, out, rows, dim, stride, factor, EDGE: tl.constexpr, WIDTH: tl.constexpr,
-    SPLIT: tl.constexpr, ROWS: tl.constexpr,
+    PARTS: tl.constexpr, SPLIT: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """One part of the columns of ROWS rows."""
     kind: tl.constexpr = tl.bfloat16 if SPLIT else x.dtype.element_ty
     row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     part, column = tl.program_id(1), tl.arange(0, WIDTH)
     inside = (row < rows)[:, None] & (column < EDGE)[None, :]
-    sign = signs(column, WIDTH, EDGE, kind)
+    source = x + row[:, None] * stride + column[None, :]
     acc = tl.zeros([ROWS, WIDTH], tl.float32)
-    for at in range(0, dim // EDGE):
-        values = tl.load(x + row[:, None] * stride + at * EDGE + column[None, :], mask=inside,
-                         other=0.0)  # fmt: skip
-        values = values.to(tl.float32) * (1 - 2 * _odd(at & part))  # exact
-        acc = signed_sum(values.to(x.dtype.element_ty), sign, acc, SPLIT)
+    if PARTS == 1:
+        values = tl.load(source, mask=inside, other=0.0)  # under way while signs are made
+        acc = signed_sum(values, signs(x, column, WIDTH, EDGE, kind), acc, SPLIT)
+    else:
+        sign = signs(x, column, WIDTH, EDGE, kind)
+        # Parts are added outside the matrix unit, which drops bits in long sums.
+        for at in range(0, PARTS):
+            values = tl.load(source + at * EDGE, mask=inside, other=0.0)
+            one = signed_sum(values, sign, tl.zeros([ROWS, WIDTH], tl.float32), SPLIT)
+            acc += one * (1 - 2 * _odd(at & part))
     target = out + row[:, None] * dim + part * EDGE + column[None, :]
     tl.store(target, (acc * factor).to(out.dtype.element_ty), mask=inside)

@@ -1,8 +1,9 @@
 """Tokens to their experts' rows and back, as Triton kernels that never ask the host.
 
-Every row of `permute` is written by a program of its own, which finds out what belongs there. Where
-slots (tokens times experts chosen) are few, each program counts all of them itself; where they are
-many, a count per stretch of slots and a second pass say where each slot goes.
+A program per token, or per part of a wide one, reads it once and writes all its rows; rows that
+nobody fills are found and zeroed. Where slots (tokens times experts chosen) are few, each program
+counts all of them itself; where they are many, a count per stretch of slots and a second pass say
+where each slot goes.
 """
 
 import torch
@@ -11,10 +12,16 @@ import triton.language as tl
 from torch import Tensor
 
 FEW = 1024
-"""Slots up to which every program counts all of them: one launch instead of four."""
+"""Slots up to which every program counts all of them: one launch instead of five."""
 
 STRETCH = 512
 """Slots that one program counts where they are many."""
+
+PART, LARGE_PART = 2048, 4096
+"""Bytes of a token that one program moves: more where each program counts first."""
+
+EMPTY = 16
+"""Rows that one program looks at for empty ones."""
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 
@@ -24,41 +31,56 @@ def dense(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def permuted(x: Tensor, ids: Tensor, *, experts: int, align: int, rows: int) -> tuple[Tensor, ...]:
-    """`permute`: `rows` rows, their layout and positions. Ids of no expert count as -1."""
-    made = torch.empty(rows, x.shape[1], dtype=x.dtype, device=x.device)
-    layout = torch.empty(rows, dtype=torch.int32, device=x.device)
-    position = torch.empty(ids.shape, dtype=torch.int32, device=x.device)
-    ids = ids.contiguous()
-    slots, topk = ids.numel(), max(1, ids.shape[1])
+def permuted(
+    x: Tensor, ids: Tensor, *, experts: int, align: int, rows: int, scale: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """`permute`: `rows` rows, their layout and positions; beside them the rows' scales, where the
+    tokens come with `scale` [tokens, groups] fp32. Ids of no expert count as -1."""
+    (tokens, topk), device = ids.shape, x.device
+    made = torch.empty(rows, x.shape[1], dtype=x.dtype, device=device)
+    layout = torch.empty(rows, dtype=torch.int32, device=device)
+    position = torch.empty(ids.shape, dtype=torch.int32, device=device)
+    groups = 0 if scale is None else scale.shape[1]
+    scales = None if scale is None else torch.empty(rows, groups, device=device)
     if not rows:
-        return made, layout, position
+        return made, layout, position, scales
+    ids, scale = ids.contiguous(), None if scale is None else dense(scale)
     # Bytes are moved as whole numbers of their width; what is wider than 8 bytes as several of 8.
     kind = _INTEGERS.get(x.element_size(), torch.int64)
     source, target = dense(x).view(kind), made.view(kind)
-    dim = source.shape[1]
-    block = min(4096, triton.next_power_of_2(max(1, dim)))
-    grid = (rows, max(1, triton.cdiv(dim, block)))
-    width = triton.next_power_of_2(experts)
+    dim, width = source.shape[1], triton.next_power_of_2(experts)
+    slots = tokens * topk
+    part = LARGE_PART if slots <= FEW else PART
+    block = min(part // source.element_size(), triton.next_power_of_2(max(1, dim)))
+    fixed = dict(
+        BLOCK=block, TOPK=triton.next_power_of_2(max(1, topk)), SCALED=scale is not None,
+        GROUPS=triton.next_power_of_2(max(1, groups)),
+    )  # fmt: skip
+    moved = (
+        source, scale, ids, target, scales, layout, position, source.stride(0),
+        0 if scale is None else scale.stride(0), tokens, topk, experts, dim, groups,
+    )  # fmt: skip
+    parts, empty = max(1, triton.cdiv(dim, block)), triton.cdiv(rows, EMPTY)
     if slots <= FEW:
-        _permute_few[grid](
-            source, ids, target, layout, position, source.stride(0), slots, topk, experts, dim,
-            align, SLOTS=triton.next_power_of_2(max(16, slots)), EXPERTS=max(16, width),
-            BLOCK=block, num_warps=4,
+        _permute_few[(tokens + empty, parts)](
+            *moved, rows, align, SLOTS=triton.next_power_of_2(max(16, slots)),
+            EXPERTS=max(16, width), EMPTY=EMPTY, **fixed, num_warps=4,
         )  # fmt: skip
-        return made, layout, position
+        return made, layout, position, scales
     stretches = triton.cdiv(slots, STRETCH)
-    counts = torch.empty(stretches, experts, dtype=torch.int32, device=x.device)
-    slot_of = torch.full((rows,), -1, dtype=torch.int32, device=x.device)
+    counts = torch.empty(stretches, experts, dtype=torch.int32, device=device)
+    filled = torch.zeros(rows, dtype=torch.int8, device=device)
     _count[(stretches,)](ids, counts, slots, experts, EXPERTS=width, STRETCH=STRETCH, num_warps=4)
     _place[(stretches,)](
-        ids, counts, slot_of, position, slots, stretches, experts, align,
+        ids, counts, filled, position, slots, stretches, experts, align,
         EXPERTS=width, STRETCH=STRETCH, PART=32, num_warps=8,
     )  # fmt: skip
-    _gather[grid](
-        source, ids, slot_of, target, layout, source.stride(0), topk, dim, BLOCK=block, num_warps=4
-    )
-    return made, layout, position
+    _scatter[(tokens, parts)](*moved, **fixed, num_warps=4)
+    _clear[(empty, parts)](
+        target, scales, layout, filled, rows, dim, groups, BLOCK=block, GROUPS=fixed["GROUPS"],
+        SCALED=fixed["SCALED"], EMPTY=EMPTY, num_warps=4,
+    )  # fmt: skip
+    return made, layout, position, scales
 
 
 def summed(rows: Tensor, position: Tensor, weights: Tensor, shared: Tensor | None) -> Tensor:
@@ -86,48 +108,84 @@ def _counted(own, experts, EXPERTS: tl.constexpr):
 
 
 @triton.jit
-def _ends(counts, align):
-    """Where each expert's rows end: each count rounded up to `align`, summed."""
-    return tl.cumsum((counts + align - 1) // align * align, 0)
+def _send(
+    source, scale, target, scales, layout, row_stride, scale_stride, token, row, choice, real, dim,
+    groups, BLOCK: tl.constexpr, GROUPS: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """A program's part of a token to its rows [TOPK], those that are `real`."""
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < dim
+    values = tl.load(source + token.to(tl.int64) * row_stride + column, mask=inside, other=0)
+    where = row.to(tl.int64)[:, None]
+    tl.store(target + where * dim + column[None, :], values[None, :],
+             mask=real[:, None] & inside[None, :])  # fmt: skip
+    if tl.program_id(1) == 0:
+        tl.store(layout + row, choice, mask=real)
+        if SCALED:
+            group = tl.arange(0, GROUPS)
+            factors = tl.load(scale + token.to(tl.int64) * scale_stride + group,
+                              mask=group < groups, other=0.0)  # fmt: skip
+            tl.store(scales + where * groups + group[None, :], factors[None, :],
+                     mask=real[:, None] & (group < groups)[None, :])  # fmt: skip
 
 
 @triton.jit
-def _copy(source, target, source_row, row, row_stride, dim, real, BLOCK: tl.constexpr):
-    """A program's part of a row, zeros if it is not `real`."""
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < dim
-    values = tl.load(source + source_row.to(tl.int64) * row_stride + column, mask=inside & real,
-                     other=0)  # fmt: skip
-    tl.store(target + row.to(tl.int64) * dim + column, values, mask=inside)
+def _zero(
+    target, scales, layout, row, empty, dim, groups,
+    BLOCK: tl.constexpr, GROUPS: tl.constexpr, SCALED: tl.constexpr,
+):  # fmt: skip
+    """A program's part of those of its rows [EMPTY] that are `empty`."""
+    if tl.max(empty.to(tl.int32), 0) > 0:
+        column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+        where = row.to(tl.int64)[:, None]
+        tl.store(target + where * dim + column[None, :], 0,
+                 mask=empty[:, None] & (column < dim)[None, :])  # fmt: skip
+        if tl.program_id(1) == 0:
+            tl.store(layout + row, -1, mask=empty)
+            if SCALED:
+                group = tl.arange(0, GROUPS)
+                tl.store(scales + where * groups + group[None, :], 0.0,
+                         mask=empty[:, None] & (group < groups)[None, :])  # fmt: skip
 
 
 @triton.jit
 def _permute_few(
-    source, ids, target, layout, position, row_stride, slots, topk, experts, dim, align,
-    SLOTS: tl.constexpr, EXPERTS: tl.constexpr, BLOCK: tl.constexpr,
+    source, scale, ids, target, scales, layout, position, row_stride, scale_stride, tokens, topk,
+    experts, dim, groups, rows, align, SLOTS: tl.constexpr, EXPERTS: tl.constexpr,
+    EMPTY: tl.constexpr, BLOCK: tl.constexpr, TOPK: tl.constexpr, SCALED: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
+    """The first programs move a token each, the others look for empty rows."""
+    slots = tokens * topk
     slot = tl.arange(0, SLOTS)
     expert = tl.arange(0, EXPERTS)
     own = tl.load(ids + slot, mask=slot < slots, other=-1)
-    counts = _counted(own, experts, EXPERTS)
-    ends = _ends(counts, align)
-    mine = tl.sum((ends <= row).to(tl.int32), 0)  # `experts` or more behind the last
-    start = tl.max(tl.where(expert < mine, ends, 0), 0)
-    rank = row - start
-    real = rank < tl.sum(tl.where(expert == mine, counts, 0), 0)
-    same = own == mine
-    before = tl.cumsum(same.to(tl.int32), 0) - 1
-    found = tl.sum(tl.where(same & (before == rank), slot, 0), 0)
-    if tl.program_id(1) == 0:
-        tl.store(layout + row, tl.where(real, mine, -1))
-        if real:
-            tl.store(position + found, row)
-        if row < slots:  # there are at least as many rows as slots
-            choice = tl.load(ids + row)
-            if (choice < 0) | (choice >= experts):
-                tl.store(position + row, -1)
-    _copy(source, target, found // topk, row, row_stride, dim, real, BLOCK)
+    counts = tl.where(expert < experts, _counted(own, experts, EXPERTS), 0)
+    room = (counts + align - 1) // align * align
+    ends = tl.cumsum(room, 0)
+    token = tl.program_id(0)
+    if token < tokens:
+        nth = tl.arange(0, TOPK)
+        mine = token * topk + nth
+        choice = tl.load(ids + mine, mask=nth < topk, other=-1)
+        real = (choice >= 0) & (choice < experts)
+        before = (own[None, :] == choice[:, None]) & (slot[None, :] < mine[:, None])
+        start = tl.gather(ends - room, tl.where(real, choice, 0), 0)
+        row = start + tl.sum(before.to(tl.int32), 1)
+        if tl.program_id(1) == 0:
+            tl.store(position + mine, tl.where(real, row, -1), mask=nth < topk)
+        _send(
+            source, scale, target, scales, layout, row_stride, scale_stride, token, row, choice,
+            real, dim, groups, BLOCK, GROUPS, SCALED,
+        )  # fmt: skip
+    else:
+        place = (token - tokens) * EMPTY + tl.arange(0, EMPTY)
+        beyond = ends[None, :] <= place[:, None]
+        at = tl.sum(beyond.to(tl.int32), 1)  # the expert in whose room a row is
+        begin = tl.max(tl.where(beyond, ends[None, :], 0), 1)
+        count = tl.sum(tl.where(expert[None, :] == at[:, None], counts[None, :], 0), 1)
+        empty = (place < rows) & (place - begin >= count)
+        _zero(target, scales, layout, place, empty, dim, groups, BLOCK, GROUPS, SCALED)
 
 
 @triton.jit
@@ -145,7 +203,7 @@ def _count(
 
 @triton.jit
 def _place(
-    ids, counts, slot_of, position, slots, stretches, experts, align,
+    ids, counts, filled, position, slots, stretches, experts, align,
     EXPERTS: tl.constexpr, STRETCH: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """A slot's row: where its expert starts, plus the slots before it that chose the same."""
@@ -175,19 +233,33 @@ def _place(
     known = (own >= 0) & (own < experts)
     row = rank + tl.gather(base, tl.where(known, own, 0), 0)
     tl.store(position + slot, tl.where(known, row, -1), mask=inside)
-    tl.store(slot_of + row, slot, mask=known)
+    tl.store(filled + row, 1, mask=known)
 
 
 @triton.jit
-def _gather(
-    source, ids, slot_of, target, layout, row_stride, topk, dim, BLOCK: tl.constexpr
+def _scatter(
+    source, scale, ids, target, scales, layout, position, row_stride, scale_stride, tokens, topk,
+    experts, dim, groups, BLOCK: tl.constexpr, TOPK: tl.constexpr, SCALED: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0)
-    slot = tl.load(slot_of + row)
-    real = slot >= 0
-    if tl.program_id(1) == 0:
-        tl.store(layout + row, tl.load(ids + slot, mask=real, other=-1))
-    _copy(source, target, tl.maximum(slot, 0) // topk, row, row_stride, dim, real, BLOCK)
+    token = tl.program_id(0)
+    nth = tl.arange(0, TOPK)
+    row = tl.load(position + token * topk + nth, mask=nth < topk, other=-1)
+    choice = tl.load(ids + token * topk + nth, mask=nth < topk, other=-1)
+    _send(
+        source, scale, target, scales, layout, row_stride, scale_stride, token, row, choice,
+        row >= 0, dim, groups, BLOCK, GROUPS, SCALED,
+    )  # fmt: skip
+
+
+@triton.jit
+def _clear(
+    target, scales, layout, filled, rows, dim, groups, BLOCK: tl.constexpr, GROUPS: tl.constexpr,
+    SCALED: tl.constexpr, EMPTY: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * EMPTY + tl.arange(0, EMPTY)
+    empty = tl.load(filled + row, mask=row < rows, other=1) == 0
+    _zero(target, scales, layout, row, empty, dim, groups, BLOCK, GROUPS, SCALED)
 
 
 @triton.jit

@@ -75,16 +75,16 @@ def scale_of(amax, POW2: tl.constexpr):
 
 
 @triton.jit
-def encoded(wide, scale, POW2: tl.constexpr):
-    """wide / scale as e4m3. The quotient cannot exceed 448 by more than rounding, as `scale` was
-    made from these values, so nothing is clamped and NaN stays NaN."""
+def encoded(wide, scale, POW2: tl.constexpr, factor=1.0):
+    """wide * factor / scale as e4m3. The quotient cannot exceed 448 by more than rounding, as
+    `scale` was made from these values, so nothing is clamped and NaN stays NaN."""
     if POW2:
         # The reciprocal of a power of two is exact, and so is the product with it.
         exponent = scale.to(tl.int32, bitcast=True) >> 23
         inverse = (tl.maximum(254 - exponent, 0) << 23).to(tl.float32, bitcast=True)
-        quotient = wide * inverse
+        quotient = wide * (factor * inverse)
     else:
-        quotient = tl.math.div_rn(wide, tl.broadcast_to(scale, wide.shape))
+        quotient = tl.math.div_rn(wide * factor, tl.broadcast_to(scale, wide.shape))
     return quotient.to(tl.float8e4nv)
 
 

@@ -53,6 +53,11 @@ def _number(key):
 
 
 @triton.jit
+def _sigmoid(x, EXACT: tl.constexpr):
+    return tl.div_rn(1.0, 1.0 + libdevice.exp(-x)) if EXACT else 1.0 / (1.0 + tl.exp(-x))
+
+
+@triton.jit
 def _route(
     logits, bias, ids, weights, row_stride, scale, size, groups,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, TOPK: tl.constexpr, SLOTS: tl.constexpr,
@@ -66,13 +71,14 @@ def _route(
     member = tl.arange(0, SIZE)
     expert = group[:, None] * size + member[None, :]
     here = (group < groups)[:, None] & (member < size)[None, :]
-    x = tl.load(logits + token * row_stride + expert, mask=here, other=-float("inf"))
+    own = logits + token * row_stride
+    x = tl.load(own + expert, mask=here, other=-float("inf"))
     if SIGMOID:
-        scores = tl.div_rn(1.0, 1.0 + libdevice.exp(-x)) if EXACT else 1.0 / (1.0 + tl.exp(-x))
+        picking = _sigmoid(x, EXACT)
     else:
-        scores = tl.exp(x - tl.max(x))
-        scores = scores / tl.sum(scores)
-    picking = scores
+        highest = tl.max(x)
+        whole = tl.sum(tl.exp(x - highest))
+        picking = tl.exp(x - highest) / whole
     if BIASED:
         picking += tl.load(bias + expert, mask=here, other=0.0)
     picking = tl.where(here, picking, -float("inf"))
@@ -92,14 +98,12 @@ def _route(
         keys = tl.where(kept[:, None], keys, _NOTHING)
     slot = tl.arange(0, SLOTS)
     chosen = tl.zeros([SLOTS], tl.int32)
-    weight = tl.zeros([SLOTS], tl.float32)
     for at in range(TOPK):
         most = tl.max(keys)
-        taken = keys == most
-        own = tl.sum(tl.where(taken, scores, 0.0))
-        keys = tl.where(taken, _NOTHING, keys)
+        keys = tl.where(keys == most, _NOTHING, keys)
         chosen = tl.where(slot == at, _number(most), chosen)
-        weight = tl.where(slot == at, own, weight)
+    x = tl.load(own + chosen, mask=slot < TOPK, other=-float("inf"))
+    weight = _sigmoid(x, EXACT) if SIGMOID else tl.exp(x - highest) / whole
     if NORMALIZE:
         weight = weight / (tl.sum(weight) + 1e-20)
     at = token * TOPK + slot

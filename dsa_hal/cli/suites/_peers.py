@@ -238,7 +238,12 @@ def _logits_then_top_k(inputs: Inputs) -> Iterator[Contender]:
         return
     import flashinfer
 
-    starts = torch.zeros_like(inputs["ks"])
+    # FlashInfer reads whole rows, of which DeepGEMM's matrix has the last one cut off: one more
+    # query, which sees nothing, stands behind the others.
+    own = {n: torch.cat([inputs[n], torch.zeros_like(inputs[n][:1])]) for n in ("weights", "ke")}
+    own["q"] = torch.cat([inputs["q"], inputs["q"][:1]])
+    own |= {name: inputs[name] for name in ("k", "k_scale")}
+    starts, rows = torch.zeros_like(own["ke"]), inputs["q"].shape[0]
     for name, algorithm in FLASHINFER.items():
 
         def fn(
@@ -248,14 +253,13 @@ def _logits_then_top_k(inputs: Inputs) -> Iterator[Contender]:
             logits = deep_gemm.fp8_mqa_logits(
                 q, (k, k_scale), weights, starts, ke, clean_logits=False
             )
+            width = logits.stride(0)
             with _algorithm(algorithm):
-                # CUB's and the radix kernels take rows as dense as the matrix: no padded stride.
                 return flashinfer.top_k_ragged_transform(
-                    logits.as_strided((logits.shape[0], logits.stride(0)), (logits.stride(0), 1)),
-                    starts, ke, inputs["topk"],
+                    logits.as_strided((rows, width), (width, 1)), starts[:rows], ke[:rows],
+                    inputs["topk"],
                 )  # fmt: skip
 
-        own = {name: inputs[name] for name in ("q", "k", "k_scale", "weights", "ke")}
         yield Contender(f"DeepGEMM + {name}", fn, own, peer=True, results=_columns)
 
 

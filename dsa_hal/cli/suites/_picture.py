@@ -11,7 +11,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import PercentFormatter
 
 from dsa_hal.cli.picture import COLOURS, INK, LINES, TITLE
-from dsa_hal.cli.suites.h200 import Shape
+from dsa_hal.cli.suites._tables import Shape
 
 OWN, PEER = COLOURS["dsa"], COLOURS["fp8"]
 

@@ -9,10 +9,9 @@ the same run: bytes by a copy, operations by square products of bf16 and of FP8.
 from __future__ import annotations
 
 import argparse
-import math
 import subprocess
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from itertools import chain
@@ -27,38 +26,17 @@ from dsa_hal.cli import choose, output
 from dsa_hal.cli.bench import commit
 from dsa_hal.cli.suites._peers import absent, peers
 from dsa_hal.cli.suites._race import Contender, DeviceMaker, exact_products, race
+from dsa_hal.cli.suites._tables import Line, heading, means, note, shapes, tell
 from dsa_hal.cli.suites._work import Work, inputs_of, workloads
 from dsa_hal.errors import Absent
 from dsa_hal.measure import roofs
-from dsa_hal.selection import selection, use
+from dsa_hal.registry import Op
+from dsa_hal.selection import COMPOSITE, selection, use
 
 REPEATS = 15
 
 ADAPTERS = ("flashmla", "deepgemm", "flashinfer", "cublas")
 """Implementations that are libraries behind our contracts: neither ours, nor peers as used."""
-
-LIBRARY_NAMES = "FlashMLA, DeepGEMM, FlashInfer, TileLang"
-
-
-@dataclass(frozen=True)
-class Line:
-    """A contender on a workload. Seconds; a line that is not "ok" has none."""
-
-    group: str
-    op: str
-    shape: str
-    name: str
-    side: str  # "own", "adapter" or "peer"
-    status: str
-    detail: str = ""
-    median_s: float | None = None
-    p10_s: float | None = None
-    p90_s: float | None = None
-    runs: int | None = None
-    tflop_s: float | None = None
-    gb_s: float | None = None
-    floor_s: float | None = None
-    selected: bool = False
 
 
 @dataclass(frozen=True)
@@ -85,18 +63,20 @@ def run(options: argparse.Namespace) -> int:
         if not chosen:
             raise choose.unknown("op of the suite", options.op, {w.op.name for w in workloads()})
         limits = _limits()
+        header = _header(limits)
         lines: list[Line] = []
         with output.progress("suite h200") as step:
             for at, work in enumerate(chosen):
-                lines += _lines(work, limits)
+                found = _tried(work, limits)
+                output.note(note(found))
+                lines += found
+                if options.output is not None:  # what was measured outlives a run cut short
+                    output.write_atomically(options.output, output.as_json(_record(header, lines)))
                 torch.cuda.empty_cache()
                 step(at + 1, len(chosen))
-        record = _record(limits, lines)
-    _tell(record, lines)
-    if options.output is not None:
-        output.write_atomically(options.output, output.as_json(record))
+    tell(header, lines, {work.group.name: work.group.bar for work in workloads()})
     if draw is not None:
-        output.write_atomically(options.plot, draw(_heading(record), shapes(lines)))
+        output.write_atomically(options.plot, draw(heading(header), shapes(lines)))
     return 1 if any(line.status == "failed" for line in lines) else 0
 
 
@@ -119,6 +99,16 @@ def _limits() -> Limits:
 
 
 # -- one workload -------------------------------------------------------------------------------
+
+
+def _tried(work: Work, limits: Limits) -> list[Line]:
+    """`_lines`, but a workload that raises is a failed line: the others follow."""
+    try:
+        return _lines(work, limits)
+    except Exception as error:
+        output.note(f"{work.op.name}, {work.label}:\n{traceback.format_exc()}")
+        raised = f"raised {type(error).__name__}: {' '.join(str(error).split())}"
+        return [Line(work.group.name, work.op.name, work.label, "all", "own", "failed", raised)]
 
 
 def _lines(work: Work, limits: Limits) -> list[Line]:
@@ -166,7 +156,11 @@ def _contenders(work: Work, inputs: Inputs, lines: list[Line]) -> Iterator[Conte
     prepared, becomes a line at once."""
     for verdict in selection().verdicts(work.op, (), inputs):
         impl = verdict.impl
-        own = Contender(impl.label, impl.fn, inputs, own=impl.name not in ADAPTERS)
+        ours = impl.name not in ADAPTERS
+        if impl.name == COMPOSITE and (body := _of_own_parts(work.op)) is not None:
+            yield Contender(f"{impl.label}, own parts", body, inputs, own=True)
+            ours = False
+        own = Contender(impl.label, impl.fn, inputs, own=ours)
         if verdict.question != "ok":
             lines.append(_line(work, own, "refused", verdict.reason))
         elif impl.name == "torch" and any(
@@ -184,6 +178,20 @@ def _contenders(work: Work, inputs: Inputs, lines: list[Line]) -> Iterator[Conte
         lines.append(_line(work, Contender("a peer", chain, {}, peer=True), "failed", problem))
 
 
+def _of_own_parts(op: Op[..., Any]) -> Callable[..., Any] | None:
+    """A composite's body with parts of our own, where selection would take a library for some."""
+    named: dict[str, Any] = {}
+    for part in op.uses:
+        names = [impl.name for impl in selection().candidates(part)[0]]
+        if names[0] in ADAPTERS:
+            named[part.name] = next(name for name in names if name not in ADAPTERS)
+    if not named:
+        return None
+    with use(**named) as chosen:
+        fit = chosen.candidates(op)[0]
+    return next(impl.fn for impl in fit if impl.name == COMPOSITE)
+
+
 def _problem(
     work: Work, contender: Contender, part: Inputs, at: torch.Tensor | None, want: Sequence[Any]
 ) -> str | None:
@@ -193,7 +201,7 @@ def _problem(
         got: Sequence[torch.Tensor] = contender.results(found)
         if at is not None and not work.alone:
             got = work.taken(got, at) if work.taken else [result[at] for result in got]
-        report = work.op.check(got, want[: len(got)], part)
+        report = work.op.check(got, want, part)
         torch.cuda.synchronize()
     except Exception as error:
         output.note(f"{work.op.name}, {work.label}, {contender.name}:\n{traceback.format_exc()}")
@@ -201,72 +209,15 @@ def _problem(
     return None if report.ok else str(report)
 
 
-# -- what the lines say -------------------------------------------------------------------------
+# -- the record ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Shape:
-    """One workload's best times in seconds: ours, the peers', what selection takes, all."""
-
-    group: str
-    label: str
-    floor_s: float
-    own: tuple[str, float] | None
-    peer: tuple[str, float] | None
-    selected: tuple[str, float] | None
-    best_installed: float | None
-
-    @property
-    def ratio(self) -> float | None:
-        """How many times as fast as the best peer we are."""
-        return self.peer[1] / self.own[1] if self.own and self.peer else None
-
-    @property
-    def behind(self) -> float | None:
-        """By which share what selection takes is slower than the best implementation."""
-        if self.selected is None or self.best_installed is None:
-            return None
-        return self.selected[1] / self.best_installed - 1
+def _record(header: dict[str, Any], lines: Sequence[Line]) -> dict[str, Any]:
+    return {**header, "groups": means(shapes(lines)), "lines": [asdict(line) for line in lines]}
 
 
-def shapes(lines: Sequence[Line]) -> list[Shape]:
-    """The lines by workload."""
-    grouped: dict[tuple[str, str, str], list[Line]] = {}
-    for line in lines:
-        grouped.setdefault((line.group, line.op, line.shape), []).append(line)
-    return [
-        Shape(
-            group, shape, max(line.floor_s or 0.0 for line in own), _best(own, "own"),
-            _best(own, "peer"), _best([line for line in own if line.selected]),
-            min(_times([line for line in own if line.side != "peer"]), default=None),
-        )
-        for (group, _, shape), own in grouped.items()
-    ]  # fmt: skip
-
-
-def _times(lines: Sequence[Line]) -> list[float]:
-    return [line.median_s for line in lines if line.median_s is not None]
-
-
-def _best(lines: Sequence[Line], side: str | None = None) -> tuple[str, float] | None:
-    known = [
-        (line.name, line.median_s)
-        for line in lines
-        if line.median_s is not None and side in (None, line.side)
-    ]
-    return min(known, key=lambda pair: pair[1], default=None)
-
-
-def means(found: Sequence[Shape]) -> dict[str, float]:
-    """The geometric mean of the ratios of each group that has a peer."""
-    ratios: dict[str, list[float]] = {}
-    for shape in found:
-        if shape.ratio is not None:
-            ratios.setdefault(shape.group, []).append(shape.ratio)
-    return {g: math.exp(sum(map(math.log, r)) / len(r)) for g, r in ratios.items()}
-
-
-def _record(limits: Limits, lines: Sequence[Line]) -> dict[str, Any]:
+def _header(limits: Limits) -> dict[str, Any]:
+    """What was measured on, with what, and when."""
     try:
         import triton
 
@@ -286,8 +237,6 @@ def _record(limits: Limits, lines: Sequence[Line]) -> dict[str, Any]:
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "absent": absent(),
         "limits": asdict(limits),
-        "groups": means(shapes(lines)),
-        "lines": [asdict(line) for line in lines],
     }
 
 
@@ -298,75 +247,3 @@ def _driver() -> str | None:
     except (FileNotFoundError, subprocess.TimeoutExpired):
         return None
     return asked.stdout.strip().partition("\n")[0] or None
-
-
-# -- telling ------------------------------------------------------------------------------------
-
-
-def _heading(record: dict[str, Any]) -> str:
-    return (
-        f"{record['device']}, driver {record['driver']}, torch {record['torch']},"
-        f" triton {record['triton']}, dsa_hal {record['dsa_hal']} ({record['commit']})"
-    )
-
-
-def _tell(record: dict[str, Any], lines: Sequence[Line]) -> None:
-    limits = Limits(**record["limits"])
-    print(_heading(record))
-    print(
-        f"limits: copy {limits.copy / 1e12:.2f} TB/s, bf16 {limits.bf16 / 1e12:.0f} TFLOP/s,"
-        f" FP8 {limits.fp8 / 1e12:.0f} TFLOP/s"
-    )
-    print(f"absent: {', '.join(record['absent']) or 'none of ' + LIBRARY_NAMES}\n")
-    found = shapes(lines)
-    peer = {(s.group, s.label): s.peer[1] for s in found if s.peer}
-    figures = ("us", "spread", "TFLOP/s", "GB/s", "floor", "to peer")
-    columns = ("op", "shape", "implementation", "", *figures, "checked, or why not")
-    rows = [
-        (line.group, line.shape, line.name, "selected" if line.selected else line.side,
-         *_figures(line, peer.get((line.group, line.shape))),
-         line.detail if line.status == "ok" else f"{line.status}: {line.detail}")
-        for line in lines
-    ]  # fmt: skip
-    output.table(columns, rows, right=figures)
-    print()
-    _summary(found)
-
-
-def _figures(line: Line, peer: float | None) -> tuple[str, ...]:
-    if line.median_s is None or line.floor_s is None:
-        return ("",) * 6
-    spread = ((line.p90_s or 0) - (line.p10_s or 0)) / line.median_s
-    return (
-        f"{1e6 * line.median_s:,.1f}", f"{100 * spread:.0f}%", output.number(line.tflop_s or 0),
-        output.number(line.gb_s or 0), f"{100 * line.floor_s / line.median_s:.0f}%",
-        "" if peer is None else f"{peer / line.median_s:.2f}x",
-    )  # fmt: skip
-
-
-def _summary(found: Sequence[Shape]) -> None:
-    """Own best against the best peer, by shape and by group; where selection is behind."""
-    rows = []
-    bars = {work.group.name: work.group.bar for work in workloads()}
-    average = means(found)
-    for shape in found:
-        own, peer = (
-            "" if best is None else f"{best[0]}, {1e6 * best[1]:,.1f} us"
-            for best in (shape.own, shape.peer)
-        )
-        behind = "" if shape.behind is None else f"{100 * shape.behind:.0f}%"
-        ratio = "" if shape.ratio is None else f"{shape.ratio:.2f}x"
-        rows.append((shape.group, shape.label, own, peer, ratio, behind))
-    columns = ("op", "shape", "own best", "best peer", "ratio", "selection behind")
-    output.table(columns, rows, right=("ratio", "selection behind"))
-    print()
-    verdicts = []
-    for group, bar in bars.items():
-        mean = average.get(group)
-        if bar is None or all(shape.group != group for shape in found):
-            continue
-        verdict = "no peer" if mean is None else "reached" if mean >= bar else "not reached"
-        verdicts.append((group, "" if mean is None else f"{mean:.2f}x", f"{bar:g}x", verdict))
-    output.table(
-        ("op", "geometric mean", "wanted", ""), verdicts, right=("geometric mean", "wanted")
-    )

@@ -1,0 +1,50 @@
+// How a tile of 128 rows leaves the registers of two warpgroups. Before this file: gemm_tiles.cuh and
+// hopper_gemm.cuh, WIDTH (columns of a wave) and STORE_AT (the place in shared memory).
+
+#pragma once
+
+constexpr int REGS = WIDTH / 2;
+constexpr int PIECES = WIDTH / 8;         // of 16 bytes in a row of a wave
+constexpr int PITCH = (PIECES | 1) * 16;  // odd: eight rows touch all banks
+constexpr int STORE_BYTES = OUT == 2 ? 0 : MT * PITCH;
+
+// One wave's columns of 16 rows by each warp: fp32 as the registers lie, narrower ones through
+// shared memory of the warp's own, so that whole lines are written.
+__device__ __forceinline__ void store_wave(const Args& args, Out* out, const Tile& tile,
+                                           const float (&sum)[REGS], int column, unsigned shared) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    if (OUT == 2) {
+#pragma unroll
+        for (int i = 0; i < REGS; i += 2) {
+            const int row = warp * 16 + lane / 4 + i / 2 % 2 * 8;
+            const int at = column + i / 4 * 8 + lane % 4 * 2;
+            const bool counts = row < tile.rows;
+            if (row < tile.room && at < args.n)
+                *reinterpret_cast<float2*>(out + (tile.out_row + row) * args.n + at) =
+                    make_float2(counts ? sum[i] : 0.0f, counts ? sum[i + 1] : 0.0f);
+        }
+        return;
+    }
+    const unsigned room = shared + STORE_AT + warp * 16 * PITCH;
+    const unsigned to = room + lane % 16 * PITCH + lane / 16 * 16;
+    __syncwarp();  // the wave before has left
+#pragma unroll
+    for (int i = 0; i + 4 < REGS; i += 8)
+        store_matrices(to + i * 4, pack(sum[i], sum[i + 1]), pack(sum[i + 2], sum[i + 3]),
+                       pack(sum[i + 4], sum[i + 5]), pack(sum[i + 6], sum[i + 7]));
+    if (REGS % 8 == 4)
+        store_matrices(to + (REGS - 4) * 4, pack(sum[REGS - 4], sum[REGS - 3]),
+                       pack(sum[REGS - 2], sum[REGS - 1]));
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < (PIECES + 1) / 2; ++i) {
+        const int at = i * 32 + lane, inside = at / PIECES, piece = at % PIECES;
+        const int row = warp * 16 + inside;
+        if (PIECES % 2 == 1 && inside >= 16) break;
+        uint4 values = load_piece(room + inside * PITCH + piece * 16);
+        if (row >= tile.rows) values = make_uint4(0, 0, 0, 0);
+        if (row < tile.room && column + piece * 8 < args.n)
+            *reinterpret_cast<uint4*>(out + (tile.out_row + row) * args.n + column + piece * 8) =
+                values;
+    }
+}

@@ -1,0 +1,42 @@
+"""indexer_topk_paged on NVIDIA GPUs."""
+
+import torch
+from torch import Tensor
+
+from dsa_hal.backends.cuda import _nvrtc
+from dsa_hal.backends.cuda.indexer_logits_paged import scores_into
+from dsa_hal.backends.cuda.indexer_topk import WORKSPACE
+from dsa_hal.backends.cuda.topk import run
+from dsa_hal.ops.index_select import indexer_topk_paged, rows_within
+
+
+@indexer_topk_paged.impl("cuda", "cuda", contract=1, arch=("sm90",),
+                         needs=(*_nvrtc.NEEDS, "triton>=3.6"), rank=1,
+                         promises=("deterministic", "ties=lower"))  # fmt: skip
+def select(
+    q: Tensor, pages: Tensor, weights: Tensor, context_lens: Tensor, block_table: Tensor,
+    topk: int, *, layout: str, max_context_len: int, ties: str = "any", logits_mb: int = 64,
+) -> Tensor:  # fmt: skip
+    """Requests in chunks, as in `indexer_topk`."""
+    batch, next_n = q.shape[:2]
+    out = torch.empty(batch * next_n, topk, dtype=torch.int32, device=q.device)
+    width = -(-max_context_len // 4) * 4
+    step = min(batch, rows_within(min(logits_mb, WORKSPACE), next_n * width))
+    workspace = torch.empty(step * next_n, width, dtype=torch.float32, device=q.device)
+    for at in range(0, batch, max(1, step)):
+        some = slice(at, min(at + step, batch))
+        rows = slice(at * next_n, some.stop * next_n)
+        scores = workspace[: rows.stop - rows.start, :max_context_len]
+        lens = context_lens[some]
+        scores_into(
+            q[some],
+            pages,
+            weights[rows],
+            lens,
+            block_table[some],
+            scores,
+            layout=layout,
+            clean=False,
+        )
+        run(scores, topk, None, lens.reshape(-1), out[rows])
+    return out
