@@ -1,5 +1,8 @@
 """What decides where decoding's work is done, on any machine: splits, tiles, predicates."""
 
+import struct
+from typing import Any
+
 import pytest
 import torch
 
@@ -22,8 +25,8 @@ def test_splits_leave_no_piece_without_a_block(work: int, blocks: int, processor
 def test_splits_fill_the_processors_and_spare_the_join() -> None:
     assert splits_of(2, 32, 132, 32) >= 16  # one query of 128 heads
     assert splits_of(32, 32, 132, 32) == 4
-    assert splits_of(128, 32, 132, 32) == splits_of(256, 32, 132, 32) == 1  # waves are full as they are
-    assert splits_of(70000, 32, 132, 32) == 1
+    for work in (128, 256, 70000):  # waves that are full as they are
+        assert splits_of(work, 32, 132, 32) == 1
 
 
 @pytest.mark.parametrize("heads", [1, 8, 16, 17, 64, 96, 128])
@@ -59,3 +62,63 @@ def test_what_the_hopper_kernel_takes() -> None:
         reason = hopper._why_not(**inputs)
         fits = inputs["layout"] == "latent_fp8/512+64" and inputs["q"].dtype == torch.bfloat16
         assert (reason is None) == fits, (case.name, reason)
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 3, 61, 64, 69, 255, 256, 576, 2**20 + 1, 2**30])
+def test_quotients_of_slots_are_exact(divisor: int) -> None:
+    factor, shift = hopper.quotient(divisor)
+    assert factor < 2**32 and shift < 64
+    wholes = [0, 1, 2, 1000, 2**31 // divisor - 1]
+    near = {whole * divisor + by for whole in wholes for by in (-1, 0, 1, divisor - 1)}
+    for slot in [n for n in near if 0 <= n < 2**31] + [2**31 - 1]:
+        assert slot * factor >> shift == slot // divisor
+
+
+def test_a_block_fits_into_shared_memory() -> None:
+    assert hopper.shared_bytes(64) <= 227 << 10
+
+
+class Recorded:
+    """Stands in for a compiled module and keeps what is launched."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Any, ...]] = []
+
+    def kernel(self, name: str, device: int) -> "Recorded":
+        return self
+
+    def launch(self, *args: Any) -> None:
+        self.launches.append(args)
+
+
+@pytest.mark.parametrize("name", ["empty", "decode", "batch", "plan", "all_options", "heads64"])
+def test_a_launch_says_what_the_call_says(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Grid, cluster and the struct of a launch, read back by the layout of `Work` in C."""
+    recorded, joined = Recorded(), []
+    monkeypatch.setattr(hopper._nvrtc, "module", lambda source, defines: recorded)
+    monkeypatch.setattr(hopper, "processors", lambda device: 132)
+    monkeypatch.setattr(hopper, "join", lambda *args: joined.append(args))
+    case = next(case for case in sparse_mla_paged.cases if case.name == name)
+    inputs = case.make(sparse_mla_paged.inputs, "cpu")
+    out, lse = hopper.hopper(**inputs)
+    q, k = inputs["q"], inputs["indices"].shape[-1]
+    batch, next_n, heads, _ = q.shape
+    assert out.shape == (batch, next_n, heads, 512) and lse.shape == (batch, heads, next_n)
+    if not batch:
+        assert not recorded.launches
+        return
+    ((grid, block, (work,), shared, cluster),) = recorded.launches
+    assert len(work) == 208 and block == (hopper.THREADS,) and shared <= 227 << 10
+    words = struct.unpack("<20Qf8iIi4x", work)
+    assert words[0] == q.data_ptr() and words[1:4] == q.stride()[:3]
+    assert words[4] == inputs["pages"].data_ptr() and words[6] == inputs["indices"].data_ptr()
+    assert words[14:16] == (out.data_ptr(), lse.data_ptr())
+    assert words[21:25] == (batch * next_n, next_n, heads, k)
+    span, splits = words[27:29]
+    if inputs["schedule"] is None:
+        assert splits * span * 64 >= k > (splits - 1) * span * 64
+        head_blocks = -(-heads // (64 if heads > 32 else 16))
+        assert grid == (batch * next_n * head_blocks, splits)
+        assert not joined or cluster is None
+    else:
+        assert grid[0] == inputs["schedule"].shape[0] and len(joined) == 1 and cluster is None

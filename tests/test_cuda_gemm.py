@@ -11,13 +11,19 @@ from typing import Any
 import pytest
 import torch
 
-from dsa_hal.backends.cuda import _gemm
+from dsa_hal.backends.cuda import _gemm, _gemm_tiles
 from dsa_hal.backends.portable import gemm as portable
-from dsa_hal.ops.gemm import MODEL_SHAPES, fp8_gemm, grouped_fp8_gemm, grouped_fp8_gemm_masked
+from dsa_hal.ops.gemm import (
+    MODEL_SHAPES,
+    fp8_gemm,
+    grouped_fp8_gemm,
+    grouped_fp8_gemm_masked,
+    grouped_gemm,
+)
 from dsa_hal.target import Target
 
 HOPPER = Target("cuda", "sm90", "cuda")
-KEY_SIZES = [
+CALLS = [
     dict(rows=rows, n=n, k=k, groups=groups)
     for n, k in (*MODEL_SHAPES.values(), (200, 208), (128, 16))
     for rows in (1, 16, 64, 128, 256, 4096)
@@ -25,28 +31,47 @@ KEY_SIZES = [
 ]
 
 
-@pytest.mark.parametrize("facts", KEY_SIZES, ids=lambda f: "-".join(map(str, f.values())))
+@pytest.mark.parametrize("facts", CALLS, ids=lambda f: "-".join(map(str, f.values())))
 def test_tiles_fit_the_processor(facts: dict[str, int]) -> None:
     """Shared memory, registers and clusters of every legal tile stay within an H200's limits."""
-    found = _gemm.tiles(**facts)
-    assert found
-    for tile in found:
-        room = (228 << 10) // tile.blocks - 1024
-        assert _gemm.shared_bytes(tile, wide=False) <= room
-        assert tile.split in (1, 2, 4, 8)
-        if tile.split > 1:  # parts that are added lie where the stages were
-            assert 4 * tile.mt * (tile.nt + 4) <= tile.stages * (tile.nt + tile.mt) * 128
-        assert tile.nt <= 256 and tile.mt <= 128 and tile.mt % 8 == 0, "limits of one copy"
-        sums = (tile.waves + 1) * tile.mt // 2
-        assert sums <= (200 if tile.blocks == 1 and tile.wgs <= 2 else 136), "registers"
+    for space in _gemm_tiles.SPACES.values():
+        found = space.legal(**facts)
+        assert found
+        for tile in found:
+            assert tile.blocks * (_gemm_tiles.shared_bytes(tile) + 1024) <= 228 << 10
+            assert tile.split in (1, 2, 4, 8) and tile.pair in (1, 2)
+            if tile.split > 1:  # parts that are added lie where the stages were
+                assert 4 * tile.mt * (tile.nt + 4) <= tile.stages * (tile.nt + tile.mt) * 128
+            assert tile.nt <= 256 and tile.mt <= 128 and tile.mt % 8 == 0, "limits of one copy"
+            sums = (max(1, tile.waves) + tile.ahead) * (64 if tile.waves else tile.mt // 2)
+            registers = tile.blocks * tile.wgs * 128 * sums
+            assert registers <= 0.75 * 65536, "sums leave room for all else"
+
+
+def test_only_the_device_knows_how_many_units_there_are() -> None:
+    """Blocks that share a sum take one tile each, so their number must be known at launch."""
+    for facts in CALLS:
+        assert all(t.split == 1 for t in _gemm_tiles.SPACES["grouped_fp8_gemm"].legal(**facts))
 
 
 def test_few_rows_keep_every_processor_busy() -> None:
     """Where the weights' bytes are the limit, k is split until the blocks cover the device."""
     for name in ("qkv_a", "o", "down", "q_b"):
         n, k = MODEL_SHAPES[name]
-        tile = _gemm.tiles(rows=64, n=n, k=k, groups=1)[0]
-        assert -(-n // tile.nt) * tile.split >= 0.95 * _gemm.PROCESSORS, (name, tile)
+        tile = _gemm_tiles.tiles(rows=64, n=n, k=k, groups=1)[0]
+        assert -(-n // tile.nt) * tile.split >= 0.8 * _gemm_tiles.PROCESSORS, (name, tile)
+
+
+def test_many_rows_waste_little_of_the_last_round() -> None:
+    """2112 columns are 16.5 blocks: a tile of 256 would leave a quarter of the device idle."""
+    assert _gemm_tiles.tiles(rows=4096, n=2112, k=7168, groups=1)[0].nt == 128
+    assert _gemm_tiles.tiles(rows=4096, n=24576, k=1536, groups=1)[0].nt == 256
+
+
+@pytest.mark.parametrize("tile", _gemm_tiles.float_tiles(n=4096, groups=32))
+def test_tiles_of_floats_fit(tile: _gemm_tiles.FloatTile) -> None:
+    assert _gemm_tiles.floats_bytes(tile) <= 227 << 10
+    assert tile.nt <= 256 and tile.stages >= 3
 
 
 @pytest.mark.parametrize("shape", [(128, 200), (130, 256), (128, 0), (0, 128)])
@@ -62,23 +87,42 @@ def test_the_models_weights_are_served(name: str) -> None:
 
 
 def test_copies_are_made_only_of_what_cannot_be_read() -> None:
-    """Rows 16 bytes apart from a multiple of 16 are read in place, others from a copy."""
-    wide = torch.zeros(4, 96, dtype=torch.uint8)
-    base = wide.data_ptr() % 16
-    for view, copied in ((wide[1:, :64], bool(base)), (wide[:, 8:72], base != 8)):
+    """Rows whose addresses are multiples of 16 bytes are read in place, others from a copy."""
+    room = torch.arange(4 * 96 + 16, dtype=torch.uint8)
+    wide = room[-room.data_ptr() % 16 :][: 4 * 96].view(4, 96)
+    one = wide[:1, :64].expand(3, 64)
+    for view, copied in (
+        (wide[1:, :64], False),
+        (wide[:, 8:72], True),
+        (wide[:, ::2], True),
+        (wide.view(-1)[:360].view(4, 90), True),
+        (one, True),
+    ):
         read = _gemm._readable(view)
         assert read.shape == (1, *view.shape) and torch.equal(read[0], view)
         assert (read.data_ptr() != view.data_ptr()) == copied
 
 
-@pytest.mark.parametrize("op", [fp8_gemm, grouped_fp8_gemm, grouped_fp8_gemm_masked])
+@pytest.mark.parametrize(
+    "op", [fp8_gemm, grouped_fp8_gemm, grouped_fp8_gemm_masked, grouped_gemm], ids=str
+)
 def test_every_case_is_served(op: Any) -> None:
-    """Whoever else refuses, one implementation of this backend takes each case."""
-    own = [i for i in op.implementations(HOPPER) if i.backend == "cuda"]
-    assert {i.name for i in own} == {"cuda", "triton"}
+    """Triton takes every case; the faster kernel takes all of the model's."""
+    own = {i.name: i for i in op.implementations(HOPPER)}
+    assert own["cuda"].rank > own["triton"].rank
     for case in op.cases:
         inputs = case.make(op.inputs, "meta")
-        assert any(i.why_not(**inputs) is None for i in own), case.name
+        assert own["triton"].why_not(**inputs) is None, case.name
+        assert own["cuda"].why_not(**inputs) is None or not case.model, case.name
+
+
+def test_a_refusal_holds_what_was_found() -> None:
+    a, b = (torch.empty(s, dtype=torch.float32, device="meta") for s in ((4, 64), (2, 128, 64)))
+    layout = torch.empty(4, dtype=torch.int32, device="meta")
+    own = {i.name: i for i in grouped_gemm.implementations(HOPPER)}
+    assert "torch.float32" in (own["cuda"].why_not(a, b, layout) or "")
+    wrong = own["cuda"].why_not(a.bfloat16(), b.bfloat16()[:, :65], layout)
+    assert "[2, 65, 64]" in (wrong or "")
 
 
 @pytest.mark.parametrize("rows", [1, 17, 64, 100, 4096])

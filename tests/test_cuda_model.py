@@ -26,6 +26,7 @@ from dsa_hal.errors import DsaHalError
 from dsa_hal.matrix import Row, attempt
 from dsa_hal.model.checkpoint import Checkpoint
 from dsa_hal.model.decoder import Decoder, FixedBatch
+from dsa_hal.model.quality.selectors import selecting
 from dsa_hal.model.synthetic import RandomWeights
 from dsa_hal.model.transformer import Transformer
 from dsa_hal.ops.absorbed import mla_attention
@@ -105,6 +106,15 @@ def test_recorded_batches_shrink(model: Transformer, monkeypatch: pytest.MonkeyP
     want = model(torch.tensor([history]))[0]
     for logits, at in zip(got, range(-4, 0), strict=True):
         torch.testing.assert_close(logits[-1], want[at], atol=2e-4, rtol=2e-4)
+
+
+def test_other_selectors_are_not_recorded(model: Transformer) -> None:
+    """Random keys are drawn with a look at the data, which a recording cannot have."""
+    with selecting(model, "dsa"):
+        assert model.record
+    with selecting(model, "random"):
+        assert not model.record
+    assert model.record
 
 
 # -- recording -----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from dsa_hal.backends.cuda import _dense, _prefill
+from dsa_hal.backends.cuda import sparse_mla_bwd as sparse_mla_bwd_impl
 from dsa_hal.ops.attention import sparse_mla
 from dsa_hal.ops.dense import dense_mla, mha_prefill
 from dsa_hal.ops.training import sparse_mla_bwd
@@ -47,6 +48,9 @@ def test_who_serves() -> None:
     assert serving(sparse_mla, "fp32") == ["torch"]
     assert serving(dense_mla, "decode_b128") == ["cuda", "triton"]
     assert serving(dense_mla, "fp32") == ["triton"]
+    assert serving(sparse_mla_bwd, "train_8k") == ["triton", "torch", "deterministic"]
+    assert serving(sparse_mla_bwd, "deterministic") == ["deterministic"]
+    assert serving(sparse_mla_bwd, "fp32") == ["torch", "deterministic"]
 
 
 def test_a_refusal_names_what_was_found() -> None:
@@ -78,11 +82,18 @@ def test_tiles_of_dense_attention(rows: int, width: int, size: int) -> None:
         assert config.rows * width * size + config.keys * width * size <= SHARED
 
 
+@pytest.mark.parametrize("rows", [16, 32, 64])
+def test_tiles_of_the_backward(rows: int) -> None:
+    """What a program holds at least: q, dout and the keys of every stage."""
+    for config in sparse_mla_bwd_impl.SPACE.legal(rows=rows, width=512):
+        assert rows * (576 + 512) * 2 + config.stages * config.keys * 576 * 2 <= SHARED
+    assert sparse_mla_bwd_impl.SPACE.legal(rows=rows, width=32)[0].keys >= 16
+
+
 def test_python_and_the_source_agree() -> None:
     folder = Path(_prefill.__file__).parent / "_kernels"
     source = "".join(path.read_text() for path in folder.glob("sparse_prefill*"))
     stated = dict(re.findall(r"\b([A-Z]+) = (\d+)\b", source))
-    assert (int(stated["ROWS"]), int(stated["KEYS"]), int(stated["VALUES"])) == (
-        _prefill.ROWS, _prefill.KEYS, _prefill.VALUES,
-    )  # fmt: skip
+    for name in ("ROWS", "KEYS", "VALUES", "STAGES", "HELD"):
+        assert int(stated[name]) == getattr(_prefill, name), name
     assert all(_prefill.shared_bytes(dim) <= SHARED for dim in (512, 576))

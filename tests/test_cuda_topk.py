@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsa_hal.backends.cuda import _nvrtc, to_slots, topk
+from dsa_hal.backends.cuda import _nvrtc, indexer_topk, indexer_topk_paged, to_slots, topk
 from dsa_hal.errors import Absent
 from dsa_hal.ops.select import MAX_K
 
@@ -69,7 +69,7 @@ def test_a_selection_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch["name"] == "topk_bf16" and launch["grid"] == (24,) and launch["cluster"] == (8,)
     assert launch["args"][0] is logits and launch["args"][1] == 0
     assert launch["args"][2].stride(0) == 1, "a strided bound is copied"
-    assert launch["args"][4:] == (80000, 3, 79992, 7)
+    assert launch["args"][4:] == (80000, 79992, 7)
     assert topk.select(logits[:0], 7).shape == (0, 7) and len(made) == 1, "no rows, no launch"
 
 
@@ -81,6 +81,52 @@ def test_page_sizes_that_are_no_power_of_two_divide(monkeypatch: pytest.MonkeyPa
         assert made[-1]["args"][-3:] == (page_size, shift, 5) and made[-1]["grid"] == (4, 3)
     none = to_slots.slots(indices, table[:, :0], 2, page_size=64)
     assert bool((none == -1).all()) and len(made) == 3
+
+
+# -- scores in chunks ---------------------------------------------------------------------------
+
+
+def chunked(monkeypatch: pytest.MonkeyPatch, module: Any) -> list[tuple[list[int], int]]:
+    """Shapes of the scores asked for and their row stride; a row's selection is its first bound."""
+    asked: list[tuple[list[int], int]] = []
+
+    def scores_into(*args: Any, clean: bool, **_: Any) -> None:
+        out = next(a for a in reversed(args) if a.dim() == 2 and a.dtype == torch.float32)
+        asked.append((list(out.shape), out.stride(0)))
+        out.fill_(torch.nan)
+
+    def run(scores: Any, k: int, starts: Any, ends: Any, out: Any) -> None:
+        assert scores.shape[0] == ends.shape[0] == out.shape[0]
+        out.copy_(ends[:, None].expand(-1, k))
+
+    monkeypatch.setattr(module, "scores_into", scores_into)
+    monkeypatch.setattr(module, "run", run)
+    return asked
+
+
+@pytest.mark.parametrize(("context", "step"), [(8191, 32), (300001, 1), (100, 70)])
+def test_a_chunk_stays_within_its_budget(
+    monkeypatch: pytest.MonkeyPatch, context: int, step: int
+) -> None:
+    """Every token once, in order; no more than 1 MiB of scores, or one row."""
+    asked = chunked(monkeypatch, indexer_topk)
+    rows = torch.arange(70, dtype=torch.int32)
+    q, k = torch.zeros(70, 1, 1), torch.zeros(context, 1)
+    out = indexer_topk.select(q, k, k[:, 0], q[:, 0], rows, rows, 3, logits_mb=1)
+    assert torch.equal(out, rows[:, None].expand(-1, 3))
+    assert [shape[0] for shape, _ in asked] == [min(step, 70 - at) for at in range(0, 70, step)]
+    assert all(shape[1] == context and stride % 4 == 0 for shape, stride in asked)
+
+
+def test_requests_are_not_divided(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = chunked(monkeypatch, indexer_topk_paged)
+    lens = torch.arange(10, dtype=torch.int32).view(5, 2)
+    out = indexer_topk_paged.select(
+        torch.zeros(5, 2, 1, 1), torch.zeros(1, 1, 1), torch.zeros(10, 1), lens,
+        torch.zeros(5, 1, dtype=torch.int32), 4, layout="any", max_context_len=60000, logits_mb=1,
+    )  # fmt: skip
+    assert torch.equal(out, lens.view(-1, 1).expand(-1, 4))
+    assert [shape for shape, _ in asked] == [[4, 60000], [4, 60000], [2, 60000]]
 
 
 # -- the compiler ---------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ NEEDS = _nvrtc.NEEDS
 PROCESSORS = 132
 """Multiprocessors of the H200: one block on each."""
 
-ROWS, KEYS, VALUES = 64, 48, 512
-"""Rows of a block, keys of a tile, columns of a value, as in the source."""
+ROWS, KEYS, VALUES, STAGES, HELD = 64, 48, 512, 3, 4
+"""As in the source: rows of a block, keys of a tile, columns of a value, tiles of keys in shared
+memory, pieces of 64 columns of Q that are in registers instead."""
 
 RESTART = 8
 """Tiles of keys that take as long as a block's change from one part of its work to the next."""
@@ -119,10 +120,10 @@ def _launch(
 
 
 def shared_bytes(dim: int) -> int:
-    """Shared memory of a block: three tiles of keys, the pieces of Q that are not in registers, two
-    tiles of P, and small things."""
+    """Shared memory of a block: tiles of keys, pieces of Q, two tiles of P, and small things."""
     pieces = dim // 64
-    return 3 * pieces * KEYS * 128 + (pieces - 4) * ROWS * 128 + 2 * ROWS * 128 + 1024
+    keys, queries = STAGES * pieces * KEYS * 128, (pieces - HELD) * ROWS * 128
+    return keys + queries + 2 * ROWS * 128 + 1024
 
 
 def _aligned(t: Tensor) -> Tensor:

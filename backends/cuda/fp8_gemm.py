@@ -31,7 +31,7 @@ def streamed(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, *,
     out_dtype: torch.dtype = torch.bfloat16,
 ) -> Tensor:  # fmt: skip
-    """Copies of any stride by the copy engine; k is split where few tiles would leave processors idle."""
+    """k is split where few tiles would leave processors idle."""
     return _gemm.fp8(a, a_scale, b, b_scale, out_dtype)
 
 

@@ -17,12 +17,7 @@ def tiled(a: Tensor, b: Tensor, grouped_layout: Tensor) -> Tensor:
 def _why_not(a: Tensor, b: Tensor, grouped_layout: Tensor) -> str | None:
     if a.dtype == torch.float32:
         return "a is torch.float32; this kernel multiplies bfloat16 and float16"
-    if 0 in b.shape or b.shape[1] % 8 or b.shape[2] % 8:
-        return (
-            f"b has shape {list(b.shape)}; this kernel needs no empty axis, and n and k multiples"
-            " of 8"
-        )
-    return None
+    return _gemm.weights_wrong(b, multiple=8)
 
 
 @grouped_gemm.impl(

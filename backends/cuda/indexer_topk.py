@@ -8,9 +8,9 @@ from dsa_hal.backends.cuda.indexer_logits import scores_into
 from dsa_hal.backends.cuda.topk import run
 from dsa_hal.ops.index_select import indexer_topk, rows_within
 
-WORKSPACE = 32
-"""MiB of scores at a time: few enough that the selection finds them in the cache of 50 MB, enough
-that the rows of a chunk fill the device."""
+WORKSPACE = 64
+"""MiB of scores at a time: the selection finds most of them in the cache of 50 MB, and there are
+few ends of kernels at which processors wait."""
 
 
 @indexer_topk.impl("cuda", "cuda", contract=1, arch=("sm90",),

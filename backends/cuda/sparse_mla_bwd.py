@@ -16,18 +16,20 @@ from dsa_hal.ops.training import sparse_mla_bwd
 
 @dataclass(frozen=True)
 class Config:
-    """Keys of a tile and warps of a program."""
+    """Keys of a tile, warps and stages of a program."""
 
     keys: int
     warps: int
+    stages: int
 
 
 def _legal(*, rows: int, width: int) -> list[Config]:
     """For programs of so many heads with so many columns of a value."""
     if width <= 128:
-        return [Config(32, 4)]
-    found = [Config(32, 8), Config(16, 8)]
-    return [*found, Config(32, 16)] if rows == 64 else found
+        return [Config(32, 4, 1)]
+    if rows <= 16:  # the rest of shared memory holds two tiles of keys
+        return [Config(32, 8, 2), Config(32, 8, 1), Config(16, 8, 1)]
+    return [Config(32, 8, 1), Config(16, 8, 1)]
 
 
 SPACE = Space("sparse_mla_bwd/triton", Config, _legal)
@@ -70,7 +72,8 @@ def tiled(
         lse.stride(0), dout.stride(0), dout.stride(1), kv.shape[0], heads, k, softmax_scale,
         WIDTH=dim, VALUES=dim_v, VALUE_BLOCK=power_of_two(dim_v),
         REST_BLOCK=power_of_two(dim - dim_v), HAS_LENGTHS=topk_length is not None,
-        HEADS_BLOCK=block, KEYS_BLOCK=config.keys, num_warps=config.warps, num_stages=1,
+        HEADS_BLOCK=block, KEYS_BLOCK=config.keys, num_warps=config.warps,
+        num_stages=config.stages,
     )  # fmt: skip
     return dq, dkv
 

@@ -17,6 +17,7 @@ ALONE, PLANNED, JOINED = range(3)
 """The kernel's modes: a row in one piece, pieces as a schedule says, or pieces that the blocks of a
 cluster join among themselves."""
 
+THREADS = 512
 CLUSTER = 8
 """Blocks that a cluster can have everywhere."""
 
@@ -62,6 +63,12 @@ def aligned(t: Tensor, bytes: int = 16) -> bool:
     return t.stride(-1) == 1 and t.data_ptr() % bytes == 0 and not any(s % bytes for s in steps)
 
 
+def shared_bytes(heads: int) -> int:
+    """What a block of `heads` heads keeps: queries, two blocks of keys, weights, and 2 KB of small
+    things; tiles begin at multiples of 1024."""
+    return 9 * heads * 128 + 2 * 9 * 64 * 128 + 64 * 128 + 1976 + 1024
+
+
 def quotient(divisor: int) -> tuple[int, int]:
     """(m, s) with n * m >> s equal to n // divisor for every n below 2^31: m is 2^s / divisor,
     rounded up, and its excess over n stays below one part in divisor."""
@@ -93,7 +100,7 @@ def hopper(
     q = q if aligned(q) else q.clone(memory_format=torch.contiguous_format)
     tile = 64 if heads > 32 else 32 if heads > 16 else 16
     head_blocks, blocks = -(-heads // tile), -(-k // BLOCK)
-    if schedule is None:
+    if schedule is None or num_splits is None:
         most = min(blocks, CLUSTER)
         splits = splits_of(rows * head_blocks, blocks, processors(device.index), most)
         mode = ALONE if splits == 1 else JOINED
@@ -120,9 +127,10 @@ def hopper(
         *quotient(page_size),
     )  # fmt: skip
     module = _nvrtc.module("sparse_decode.cu", (("HEADS", tile), ("MODE", mode)))
-    shared = 9 * tile * 128 + 2 * (65536 + 8192) + 512 * 8 + 4 * 512 + 64 + 1024
     cluster = (1, splits) if mode == JOINED else None
-    module.kernel("sparse_decode", device.index).launch(grid, (384,), (work,), shared, cluster)
+    module.kernel("sparse_decode", device.index).launch(
+        grid, (THREADS,), (work,), shared_bytes(tile), cluster
+    )
     if mode == PLANNED:
         join(part, part_lse, num_splits, attn_sink, out, lse, 0)
     return out, lse

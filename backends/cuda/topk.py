@@ -31,8 +31,9 @@ class Config:
 
     def capacity(self, k: int) -> int:
         """Entries of a block's list: k and a tile at least, and as many as a sample's guess lets
-        in."""
-        return 6144 if k <= 2048 else 8192
+        in; a multiple of four for each thread."""
+        least = max(6144, k + self.threads * self.per, 2 * k)
+        return -(-least // (4 * self.threads)) * 4 * self.threads
 
     def shared(self, k: int) -> int:
         """Bytes of shared memory of a block."""
@@ -41,9 +42,12 @@ class Config:
 
 def legal(*, rows: int, n: int, k: int, processors: int) -> list[Config]:
     """Plans for rows of n scores, the best guess first. Few rows: clusters as large as the
-    processors and the row's tiles allow; many: a block takes several, one after another."""
+    processors and the row's tiles allow; many: a block each, several to a processor."""
     best = 1
-    while best < 8 and 2 * best * rows <= processors and n >= 2 * best * 4096:
+    while best < 8 and n >= 2 * best * 4096:
+        # Larger clusters leave processors idle: each must lie within one group of 16 to 18.
+        if 2 * best * rows > processors * (4 if best == 1 else 3) // 4:
+            break
         best *= 2
     alone = [Config(c, threads=512, per=8, resident=1) for c in (1, 2, 4, 8)]
     shared = [Config(c) for c in (1, 2, 4, 8)]
@@ -70,12 +74,9 @@ def run(logits: Tensor, k: int, starts: Tensor | None, ends: Tensor | None, out:
     )  # fmt: skip
     name = "topk_fp32" if logits.dtype == torch.float32 else "topk_bf16"
     bounds = [0 if t is None else t if t.stride(0) == 1 else t.contiguous() for t in (starts, ends)]
-    blocks = rows * config.cluster
-    if config.cluster == 1:
-        blocks = min(blocks, config.resident * count)
     _nvrtc.module("topk.cu", defines).launch(
-        name, (blocks,), (config.threads,),
-        (logits, *bounds, out, logits.stride(0), rows, n, k), shared=shared,
+        name, (rows * config.cluster,), (config.threads,),
+        (logits, *bounds, out, logits.stride(0), n, k), shared=shared,
         cluster=(config.cluster,),
     )  # fmt: skip
 

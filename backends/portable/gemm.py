@@ -1,7 +1,7 @@
 """Launches of the plain Triton products, for every backend that has Triton.
 
-Tensors may be views whose last axis is dense. Tiles come from a `Space`; the number of rows counts
-there by its power of two, so that few programs are compiled.
+Tensors may be any views; one whose last axis has gaps is copied. Tiles come from a `Space`; the
+number of rows counts there by its power of two, so that few programs are compiled.
 """
 
 from __future__ import annotations
@@ -70,6 +70,11 @@ def kernels() -> ModuleType:
     return gemm
 
 
+def _dense(*tensors: Tensor) -> list[Tensor]:
+    """The kernels take any strides but the last axis's."""
+    return [t if t.stride(-1) == 1 else t.contiguous() for t in tensors]
+
+
 def _bucket(rows: int) -> int:
     return 1 << max(0, rows - 1).bit_length()
 
@@ -88,6 +93,7 @@ def fp8(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype: torch
     (m, k), n = a.shape, b.shape[0]
     out = a.new_empty((m, n), dtype=out_dtype)
     if out.numel():
+        a, a_scale, b, b_scale = _dense(a, a_scale, b, b_scale)
         tile = SPACES["fp8_gemm"].pick(rows=_bucket(m), n=n, bytes=1)
         kernels().fp8_gemm[(_count(tile, m, n),)](
             a, a_scale, b, b_scale, out, m, n, k,
@@ -104,6 +110,7 @@ def grouped_fp8(
     out = a.new_empty((m, n), dtype=out_dtype)
     if out.numel():
         rows = _bucket(-(-m // max(1, groups)))
+        a, a_scale, b, b_scale, layout = _dense(a, a_scale, b, b_scale, layout)
         tile = SPACES["grouped_fp8_gemm"].pick(rows=rows, n=n, bytes=1)
         kernels().grouped_fp8_gemm[(_count(tile, m, n),)](
             a, a_scale, b, b_scale, layout, out, m, n, k, groups,
@@ -120,6 +127,7 @@ def masked_fp8(
     (groups, max_m, k), n = a.shape, b.shape[1]
     out = a.new_empty((groups, max_m, n), dtype=out_dtype)
     if out.numel():
+        a, a_scale, b, b_scale, masked_m = _dense(a, a_scale, b, b_scale, masked_m)
         tile = SPACES["grouped_fp8_gemm_masked"].pick(rows=_bucket(max_m), n=n, bytes=1)
         kernels().grouped_fp8_gemm_masked[(_count(tile, max_m, n), groups)](
             a, a_scale, b, b_scale, masked_m, out, max_m, n, k,
@@ -135,6 +143,7 @@ def grouped(a: Tensor, b: Tensor, layout: Tensor) -> Tensor:
     out = a.new_empty((m, n))
     if out.numel():
         rows = _bucket(-(-m // max(1, groups)))
+        a, b, layout = _dense(a, b, layout)
         tile = SPACES["grouped_gemm"].pick(rows=rows, n=n, bytes=a.element_size())
         kernels().grouped_gemm[(_count(tile, m, n),)](
             a, b, layout, out, m, n, k, groups, a.stride(0), *b.stride()[:2], n,

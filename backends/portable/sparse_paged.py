@@ -79,7 +79,7 @@ def forward(
     config = SPACE.pick(heads=heads, width=wide, bytes=math.itemsize)
     head_blocks = -(-heads // config.heads)
     grid: tuple[int, ...]
-    if schedule is None:
+    if schedule is None or num_splits is None:
         blocks = -(-k // BLOCK)
         splits = splits_of(rows * head_blocks, blocks, processors, blocks)
         span, pieces, workers = -(-blocks // splits) * BLOCK, rows * splits, 0
@@ -107,7 +107,7 @@ def forward(
         L=form.data[0].count, R=form.data[1].count, DV=dim_v, DL=min(dim_v, form.data[0].count),
         GROUP=form.group, BL=wide, BR=narrow, BH=config.heads, BN=config.keys,
         HAS_LEN=topk_length is not None, HAS_SINK=attn_sink is not None,
-        MATH={2: tl.bfloat16 if math == torch.bfloat16 else tl.float16, 4: tl.float32}[math.itemsize],
+        MATH={torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(math, tl.float32),
         PLANNED=schedule is not None, BW=max(1, 1 << (workers - 1).bit_length()), BLOCK=BLOCK,
         num_warps=config.warps, num_stages=1,
     )  # fmt: skip

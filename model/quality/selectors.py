@@ -38,10 +38,11 @@ def selecting(model: Transformer, selector: str, seed: int = 0) -> Iterator[None
     The model must serve nobody else meanwhile.
     """
     ops, config = model.attention_ops, model.config
-    own = ops.indexer_topk, ops.indexer_topk_paged
+    own, record = (ops.indexer_topk, ops.indexer_topk_paged), model.record
     if selector not in SELECTORS:
         raise BadInput(f"unknown selector {selector!r}; known are {', '.join(SELECTORS)}")
     try:
+        model.record = record and selector == "dsa"  # drawing keys waits for the host
         if selector == "dense":  # a step of no more keys than index_topk asks no indexer
             model.config = replace(config, index_topk=model.max_context)
         elif selector != "dsa":
@@ -49,7 +50,7 @@ def selecting(model: Transformer, selector: str, seed: int = 0) -> Iterator[None
             ops.indexer_topk, ops.indexer_topk_paged = _ragged(choose), _paged(choose)
         yield
     finally:
-        model.config = config
+        model.config, model.record = config, record
         ops.indexer_topk, ops.indexer_topk_paged = own
 
 

@@ -198,7 +198,7 @@ def _logits_why_not(
 
 
 @indexer_logits.impl(
-    "cuda", "deepgemm", contract=1, arch=("sm90",), needs=NEEDS, rank=20, why_not=_logits_why_not
+    "cuda", "deepgemm", contract=1, arch=("sm90",), needs=NEEDS, rank=-1, why_not=_logits_why_not
 )
 def scores(
     q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor, ks: Tensor, ke: Tensor

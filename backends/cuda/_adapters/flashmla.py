@@ -117,15 +117,9 @@ def prefill(
         return out if attn_sink is None else _sunk(out, lse, attn_sink), top, lse
     legacy = {"use_legacy": True} if generation == "sgl" else {}
     # Lengths are in `ids` as well: garbage behind them is not even looked at.
+    lengths = None if topk_length is None else dense(topk_length)
     out, top, lse = module.flash_mla_sparse_fwd(
-        q,
-        kv[:, None],
-        ids,
-        softmax_scale,
-        dim_v,
-        attn_sink,
-        None if topk_length is None else dense(topk_length),
-        **legacy,
+        q, kv[:, None], ids, softmax_scale, dim_v, attn_sink, lengths, **legacy
     )
     return out, top, lse
 
@@ -205,17 +199,16 @@ _plans: dict[tuple[Any, ...], Any] = {}
 
 def _plan(module: ModuleType, shapes: tuple[Any, ...]) -> Any:
     """The plan for calls of these shapes, which the first call fills in. It depends on nothing
-    else, since lengths are never passed. One that is filled in while a graph is captured belongs to
-    that graph and is not kept; streams do not share plans either."""
+    else, since lengths are never passed. Streams do not share plans. While a graph is captured a
+    call makes its own, for a kept one could be gone when the graph is replayed."""
+    if torch.cuda.is_current_stream_capturing():
+        return module.get_mla_metadata()[0]
     key = (*shapes, torch.cuda.current_stream().cuda_stream)
-    known = _plans.get(key)
-    if known is None:
-        known = module.get_mla_metadata()[0]
-        if not torch.cuda.is_current_stream_capturing():
-            if len(_plans) >= PLANS:
-                _plans.clear()
-            _plans[key] = known
-    return known
+    if key not in _plans:
+        if len(_plans) >= PLANS:
+            _plans.clear()
+        _plans[key] = module.get_mla_metadata()[0]
+    return _plans[key]
 
 
 def _found() -> tuple[ModuleType, str]:

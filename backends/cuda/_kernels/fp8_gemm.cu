@@ -5,16 +5,14 @@
 // along its other side, which may be as short as 8. Each 128 of k are multiplied into registers of
 // their own and added in fp32 with both scales, since the unit keeps fewer bits than fp32.
 //
-// One producer warp fills a ring of stages with the copy engine; WGS consumer warpgroups compute
-// WAVES times 64 rows of weights each. SPLIT blocks of a cluster share a tile's k, and add their parts
-// through each other's shared memory in a fixed order. SHARE blocks of a cluster take neighbouring
-// weights for the same activations: each copies some of those to all.
+// One producer warp fills a ring of stages with the copy engine; WGS consumer warpgroups compute 64
+// rows of weights each. SPLIT blocks of a cluster share a tile's k, and add their parts
+// through each other's shared memory in a fixed order.
 //
-// Macros: MT rows of activations in a tile, WGS, WAVES, STAGES, SPLIT, BLOCKS per multiprocessor,
-// SHARE, and those of gemm_tiles.cuh.
+// Macros: MT rows of activations in a tile, WGS, STAGES, SPLIT, BLOCKS per multiprocessor, and those of
+// gemm_tiles.cuh.
 
-constexpr int OWN = WGS * WAVES * 64;  // weights of a block
-constexpr int NT = OWN * SHARE;
+constexpr int NT = WGS * 64;
 constexpr int HEIGHT = MT;
 
 #include "gemm_tiles.cuh"
@@ -23,34 +21,26 @@ constexpr int HEIGHT = MT;
 constexpr int CONSUMERS = WGS * 128;
 constexpr int PRODUCERS = BLOCKS == 1 ? 128 : 32;  // a whole group where it gives registers away
 // Registers of a thread after producers gave theirs away; together at most 512 per thread of a group.
-constexpr int GIVEN = WGS > 2 ? 32 : 40;
+constexpr int GIVEN = 40;
 constexpr int TAKEN = WGS > 2 ? (512 - GIVEN) / WGS / 8 * 8 : 232;
-constexpr int WEIGHT_BYTES = OWN * BLOCK;
+constexpr int WEIGHT_BYTES = NT * BLOCK;
 constexpr int STAGE_BYTES = WEIGHT_BYTES + MT * BLOCK;
 constexpr int SCALES_AT = STAGES * STAGE_BYTES;
 constexpr int STORE_AT = SCALES_AT + STAGES * MT * 4;
 constexpr int STORE_BYTES = SPLIT == 1 && OUT != 2 ? WGS * MT * 128 : 0;
 constexpr int BARRIERS_AT = STORE_AT + STORE_BYTES;
 constexpr int REGS = MT / 2;
-constexpr int CLUSTER = SPLIT * SHARE;
-constexpr int PITCH = OWN + 4;  // floats between rows of a part: keeps banks apart
-static_assert(MT / SHARE % 8 == 0, "eight rows are one pattern of the swizzle");
+constexpr int PITCH = NT + 4;  // floats between rows of a part: keeps banks apart
 static_assert(SPLIT == 1 || MT * PITCH * 4 <= SCALES_AT, "a part takes the place of the stages");
 
-__device__ __forceinline__ Tile own_tile(const Args& args, int at, int rank) {
-    Tile tile = tile_at(args, at, 0);
-    tile.column += rank % SHARE * OWN;
-    return tile;
-}
-
 __device__ __forceinline__ void produce(const Args& args, const TensorMap* weights,
-                                        const TensorMap* rows, unsigned shared, int rank, int first,
-                                        int step, int begin, int end) {
-    const int lane = threadIdx.x % 32, side = rank % SHARE;
+                                        const TensorMap* rows, unsigned shared, int first, int step,
+                                        int begin, int end) {
+    const int lane = threadIdx.x % 32;
     const int tiles = tile_count(args);
     int stage = 0, phase = 0;
     for (int at = first; at < tiles; at += step) {
-        const Tile tile = own_tile(args, at, rank);
+        const Tile tile = tile_at(args, at, 0);
         if (tile.idle) continue;
         const float* scales = args.a_scale + tile.group * (MODE == 1 ? args.a_scale_group : 0) +
                               tile.row * args.a_scale_row;
@@ -61,13 +51,8 @@ __device__ __forceinline__ void produce(const Args& args, const TensorMap* weigh
             if (lane == 0) {
                 barrier_expect(full, STAGE_BYTES);
                 copy_box(to, weights, full, block * BLOCK, tile.column, tile.group);
-                const int part = side * (MT / SHARE), group = MODE == 1 ? tile.group : 0;
-                if (SHARE == 1)
-                    copy_box(to + WEIGHT_BYTES, rows, full, block * BLOCK, tile.row, group);
-                else
-                    copy_box_to(to + WEIGHT_BYTES + part * BLOCK, rows, full,
-                                ((1 << SHARE) - 1) << (rank - side), block * BLOCK,
-                                tile.row + part, group);
+                copy_box(to + WEIGHT_BYTES, rows, full, block * BLOCK, tile.row,
+                         MODE == 1 ? tile.group : 0);
             }
             const unsigned scale_to = shared + SCALES_AT + stage * MT * 4;
             for (int row = lane; row < MT; row += 32) {
@@ -84,30 +69,24 @@ __device__ __forceinline__ void produce(const Args& args, const TensorMap* weigh
 // Adds the parts of all blocks of a cluster, each block some of the rows. Producers only meet the
 // cluster's barriers.
 __device__ __forceinline__ void store_sum(const Args& args, Out* out, const Tile& tile,
-                                          const float (&sum)[WAVES][REGS], unsigned char* shared,
-                                          int rank) {
-    const int thread = threadIdx.x, lane = thread % 32, group = thread / 128;
+                                          const float (&sum)[REGS], unsigned char* shared) {
+    const int thread = threadIdx.x, lane = thread % 32;
     float* part = reinterpret_cast<float*>(shared);
     threads_wait(1, CONSUMERS);  // every stage has been read
 #pragma unroll
-    for (int wave = 0; wave < WAVES; ++wave) {
-        const int column = (wave * WGS + group) * 64 + thread / 32 % 4 * 16 + lane / 4;
-#pragma unroll
-        for (int i = 0; i < REGS; ++i) {
-            const int row = i / 4 * 8 + lane % 4 * 2 + i % 2;
-            part[row * PITCH + column + i / 2 % 2 * 8] = sum[wave][i];
-        }
+    for (int i = 0; i < REGS; ++i) {
+        const int row = i / 4 * 8 + lane % 4 * 2 + i % 2;
+        part[row * PITCH + thread / 32 * 16 + lane / 4 + i / 2 % 2 * 8] = sum[i];
     }
     cluster_wait();
-    const int mine = rank / SHARE;
+    const int mine = cluster_rank();
     const int begin = mine * MT / SPLIT, end = min((mine + 1) * MT / SPLIT, tile.room);
-    for (int at = begin * (OWN / 4) + thread; at < end * (OWN / 4); at += CONSUMERS) {
-        const int row = at / (OWN / 4), column = at % (OWN / 4) * 4;
+    for (int at = begin * (NT / 4) + thread; at < end * (NT / 4); at += CONSUMERS) {
+        const int row = at / (NT / 4), column = at % (NT / 4) * 4;
         const unsigned from = address(part + row * PITCH + column);
         float4 parts[SPLIT];
 #pragma unroll
-        for (int other = 0; other < SPLIT; ++other) 
-            parts[other] = cluster_load(from, other * SHARE + rank % SHARE);
+        for (int other = 0; other < SPLIT; ++other) parts[other] = cluster_load(from, other);
         float4 total = parts[0];
 #pragma unroll
         for (int other = 1; other < SPLIT; ++other) {
@@ -125,9 +104,9 @@ __device__ __forceinline__ void store_sum(const Args& args, Out* out, const Tile
     cluster_meet();  // nobody leaves while its part is read
 }
 
-// One wave's 64 columns: fp32 as the registers lie, narrower ones turned in shared memory first, so
+// A group's 64 columns: fp32 as the registers lie, narrower ones turned in shared memory first, so
 // that whole lines are written.
-__device__ __forceinline__ void store_wave(const Args& args, Out* out, const Tile& tile,
+__device__ __forceinline__ void store_tile(const Args& args, Out* out, const Tile& tile,
                                            const float (&sum)[REGS], int column,
                                            unsigned char* room) {
     const int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
@@ -143,7 +122,7 @@ __device__ __forceinline__ void store_wave(const Args& args, Out* out, const Til
         return;
     }
     const int named = 1 + threadIdx.x / 128;
-    threads_wait(named, 128);  // the wave before has left
+    threads_wait(named, 128);  // the tile before has left
 #pragma unroll
     for (int j = 0; j < MT / 8; ++j) {
         const int row = j * 8 + lane % 8, piece = warp * 2 + lane / 8 % 2;
@@ -161,77 +140,55 @@ __device__ __forceinline__ void store_wave(const Args& args, Out* out, const Til
     }
 }
 
-__device__ __forceinline__ void consume(const Args& args, Out* out, unsigned char* memory, unsigned shared,
-                                        int rank, int first, int step, int begin, int end) {
+__device__ __forceinline__ void consume(const Args& args, Out* out, unsigned char* memory,
+                                        unsigned shared, int first, int step, int begin, int end) {
     const int lane = threadIdx.x % 32, group = threadIdx.x / 128;
     const int tiles = tile_count(args);
     int stage = 0, phase = 0;
     for (int at = first; at < tiles; at += step) {
-        const Tile tile = own_tile(args, at, rank);
-        float sum[WAVES][REGS];
-#pragma unroll
-        for (int wave = 0; wave < WAVES; ++wave)
-#pragma unroll
-            for (int i = 0; i < REGS; ++i) sum[wave][i] = 0.0f;
-        if (!tile.idle) {
-            const float* scales[WAVES];
-            float scale[WAVES];
-#pragma unroll
-            for (int wave = 0; wave < WAVES; ++wave) {
-                const int column = min(tile.column + (wave * WGS + group) * 64, args.n - 1);
-                scales[wave] = args.b_scale + tile.group * args.b_scale_group +
-                               column / BLOCK * args.b_scale_row;
-                scale[wave] = begin < end ? load_early(scales[wave] + begin) : 0.0f;
-            }
+        const Tile tile = tile_at(args, at, 0);
+        const int own = tile.column + group * 64;
+        float sum[REGS] = {};
+        if (!tile.idle && begin < end) {
+            const float* scales = args.b_scale + tile.group * args.b_scale_group +
+                                  min(own, args.n - 1) / BLOCK * args.b_scale_row;
+            float next = load_early(scales + begin);
             for (int block = begin; block < end; ++block) {
                 const unsigned full = shared + BARRIERS_AT + stage * 16;
                 const unsigned from = shared + stage * STAGE_BYTES;
-                float now[WAVES];
-#pragma unroll
-                for (int wave = 0; wave < WAVES; ++wave) {
-                    now[wave] = scale[wave];
-                    scale[wave] = load_early(scales[wave] + min(block + 1, end - 1));
-                }
+                const float scale = next;
+                next = load_early(scales + min(block + 1, end - 1));
                 barrier_wait(full, phase);
-                const float2* row_scale =
+                float part[REGS];
+                const auto left = tile_descriptor(from + group * 64 * BLOCK);
+                const auto right = tile_descriptor(from + WEIGHT_BYTES);
+                mma_begin();
+#pragma unroll
+                for (int step = 0; step < BLOCK / 32; ++step)
+                    Mma<MT>::run(part, left + step * 2, right + step * 2, step);
+                mma_end();
+                mma_wait<0>();
+                mma_touch(part);
+                const float2* row_scales =
                     reinterpret_cast<const float2*>(memory + SCALES_AT + stage * MT * 4) + lane % 4;
 #pragma unroll
-                for (int wave = 0; wave < WAVES; ++wave) {
-                    float part[REGS];
-                    const auto left = tile_descriptor(from + (wave * WGS + group) * 64 * BLOCK);
-                    const auto right = tile_descriptor(from + WEIGHT_BYTES);
-                    mma_begin();
-#pragma unroll
-                    for (int step = 0; step < BLOCK / 32; ++step)
-                        Mma<MT>::run(part, left + step * 2, right + step * 2, step);
-                    mma_end();
-                    mma_wait<0>();
-                    mma_touch(part);
-#pragma unroll
-                    for (int j = 0; j < MT / 8; ++j) {
-                        const float2 both = row_scale[j * 4];
-                        const float even = both.x * now[wave], odd = both.y * now[wave];
-                        sum[wave][j * 4] += part[j * 4] * even;
-                        sum[wave][j * 4 + 1] += part[j * 4 + 1] * odd;
-                        sum[wave][j * 4 + 2] += part[j * 4 + 2] * even;
-                        sum[wave][j * 4 + 3] += part[j * 4 + 3] * odd;
-                    }
+                for (int j = 0; j < MT / 8; ++j) {
+                    const float2 both = row_scales[j * 4];
+                    const float even = both.x * scale, odd = both.y * scale;
+                    sum[j * 4] += part[j * 4] * even;
+                    sum[j * 4 + 1] += part[j * 4 + 1] * odd;
+                    sum[j * 4 + 2] += part[j * 4 + 2] * even;
+                    sum[j * 4 + 3] += part[j * 4 + 3] * odd;
                 }
                 __syncwarp();
-                if (SHARE > 1 && lane < SHARE)
-                    barrier_arrive_at(full + 8, rank - rank % SHARE + lane);
-                if (SHARE == 1 && lane == 0) barrier_arrive(full + 8);
+                if (lane == 0) barrier_arrive(full + 8);
                 if (++stage == STAGES) stage = 0, phase ^= 1;
             }
         }
-        if (SPLIT == 1) {
-#pragma unroll
-            for (int wave = 0; wave < WAVES; ++wave)
-                store_wave(args, out, tile, sum[wave], tile.column + (wave * WGS + group) * 64,
-                           memory + STORE_AT + group * MT * 128);
-        } else {
-            store_sum(args, out, tile, sum, memory, rank);
-        }
+        if (SPLIT == 1)
+            store_tile(args, out, tile, sum, own, memory + STORE_AT + group * MT * 128);
+        else
+            store_sum(args, out, tile, sum, memory);
     }
 }
 
@@ -245,30 +202,22 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + PRODUCERS, BLOCKS)
         copy_prepare(&rows);
         for (int stage = 0; stage < STAGES; ++stage) {
             barrier_init(shared + BARRIERS_AT + stage * 16, 1 + 32);
-            barrier_init(shared + BARRIERS_AT + stage * 16 + 8, CONSUMERS / 32 * SHARE);
+            barrier_init(shared + BARRIERS_AT + stage * 16 + 8, CONSUMERS / 32);
         }
         barrier_init_done();
     }
-    if (SHARE == 1)
-        __syncthreads();
-    else
-        cluster_meet();
-    const int first = blockIdx.x / CLUSTER, step = gridDim.x / CLUSTER;
-    const int rank = blockIdx.x % CLUSTER, part = rank / SHARE;
+    __syncthreads();
+    const int first = blockIdx.x / SPLIT, step = gridDim.x / SPLIT, part = blockIdx.x % SPLIT;
     const int begin = part * args.blocks / SPLIT, end = (part + 1) * args.blocks / SPLIT;
     if (threadIdx.x < CONSUMERS) {
         if (BLOCKS == 1) registers_take<TAKEN>();
-        consume(args, out, memory, shared, rank, first, step, begin, end);
+        consume(args, out, memory, shared, first, step, begin, end);
     } else {
         if (BLOCKS == 1) registers_give<GIVEN>();
         if (threadIdx.x < CONSUMERS + 32)
-            produce(args, &weights, &rows, shared, rank, first, step, begin, end);
+            produce(args, &weights, &rows, shared, first, step, begin, end);
         __syncwarp();
         if (SPLIT > 1)
             for (int at = first; at < tile_count(args); at += step) cluster_meet(), cluster_meet();
-    }
-    if (SHARE > 1) {
-        __syncwarp();
-        cluster_meet();  // the other still arrives at barriers here
     }
 }

@@ -1,15 +1,15 @@
-// How a tile of 128 rows leaves the registers of two warpgroups. Before this file: gemm_tiles.cuh and
-// hopper_gemm.cuh, WIDTH (columns of a wave) and STORE_AT (the place in shared memory).
+// How a tile of 128 rows leaves the registers of two warpgroups, 128 columns at a time. Before this
+// file: gemm_tiles.cuh, hopper_gemm.cuh, and STORE_AT, the place in shared memory.
 
 #pragma once
 
+constexpr int WIDTH = 128;
 constexpr int REGS = WIDTH / 2;
-constexpr int PIECES = WIDTH / 8;         // of 16 bytes in a row of a wave
-constexpr int PITCH = (PIECES | 1) * 16;  // odd: eight rows touch all banks
-constexpr int STORE_BYTES = OUT == 2 ? 0 : MT * PITCH;
+constexpr int STORE_BYTES = OUT == 2 ? 0 : MT * WIDTH * 2;
 
-// One wave's columns of 16 rows by each warp: fp32 as the registers lie, narrower ones through
-// shared memory of the warp's own, so that whole lines are written.
+// 16 rows by each warp: fp32 as the registers lie, narrower ones through shared memory of the warp's
+// own, so that whole lines are written. Pieces of 16 bytes change places there, which keeps banks
+// apart.
 __device__ __forceinline__ void store_wave(const Args& args, Out* out, const Tile& tile,
                                            const float (&sum)[REGS], int column, unsigned shared) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
@@ -25,23 +25,19 @@ __device__ __forceinline__ void store_wave(const Args& args, Out* out, const Til
         }
         return;
     }
-    const unsigned room = shared + STORE_AT + warp * 16 * PITCH;
-    const unsigned to = room + lane % 16 * PITCH + lane / 16 * 16;
+    const unsigned room = shared + STORE_AT + warp * 16 * 256;
+    const int own = lane % 16;
     __syncwarp();  // the wave before has left
 #pragma unroll
-    for (int i = 0; i + 4 < REGS; i += 8)
-        store_matrices(to + i * 4, pack(sum[i], sum[i + 1]), pack(sum[i + 2], sum[i + 3]),
+    for (int i = 0; i < REGS; i += 8)
+        store_matrices(room + own * 256 + ((i / 4 + lane / 16) ^ own % 8) * 16,
+                       pack(sum[i], sum[i + 1]), pack(sum[i + 2], sum[i + 3]),
                        pack(sum[i + 4], sum[i + 5]), pack(sum[i + 6], sum[i + 7]));
-    if (REGS % 8 == 4)
-        store_matrices(to + (REGS - 4) * 4, pack(sum[REGS - 4], sum[REGS - 3]),
-                       pack(sum[REGS - 2], sum[REGS - 1]));
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < (PIECES + 1) / 2; ++i) {
-        const int at = i * 32 + lane, inside = at / PIECES, piece = at % PIECES;
-        const int row = warp * 16 + inside;
-        if (PIECES % 2 == 1 && inside >= 16) break;
-        uint4 values = load_piece(room + inside * PITCH + piece * 16);
+    for (int i = 0; i < 8; ++i) {
+        const int inside = i * 2 + lane / 16, piece = lane % 16, row = warp * 16 + inside;
+        uint4 values = load_piece(room + inside * 256 + (piece ^ inside % 8) * 16);
         if (row >= tile.rows) values = make_uint4(0, 0, 0, 0);
         if (row < tile.room && column + piece * 8 < args.n)
             *reinterpret_cast<uint4*>(out + (tile.out_row + row) * args.n + column + piece * 8) =

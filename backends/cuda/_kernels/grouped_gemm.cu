@@ -11,9 +11,8 @@
 #define HALF "f16"
 #endif
 
-constexpr int WIDTH = 128;
 constexpr int MT = 128;
-constexpr int NT = WAVES * WIDTH;
+constexpr int NT = WAVES * 128;
 constexpr int HEIGHT = MT;
 
 #include "gemm_tiles.cuh"

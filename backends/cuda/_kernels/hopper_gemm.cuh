@@ -51,11 +51,6 @@ __device__ __forceinline__ void threads_wait(int barrier, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// Arrives there without waiting.
-__device__ __forceinline__ void threads_arrive(int barrier, int threads) {
-    asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
-}
-
 // A warpgroup changes how many registers each of its threads has.
 template <int COUNT>
 __device__ __forceinline__ void registers_take() {
@@ -68,6 +63,12 @@ __device__ __forceinline__ void registers_give() {
 }
 
 // -- clusters --------------------------------------------------------------------------------------
+
+__device__ __forceinline__ int cluster_rank() {
+    int rank;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
 
 // Arrives at the barrier that lies at the same place in another block's shared memory. What this block
 // wrote is not made visible by it: that would cost a fence of the whole device.
@@ -156,11 +157,10 @@ __device__ __forceinline__ void store_matrices(unsigned to, unsigned a, unsigned
                  : "memory");
 }
 
-// Two such matrices; lanes 0 to 15 count.
-__device__ __forceinline__ void store_matrices(unsigned to, unsigned a, unsigned b) {
-    asm volatile("stmatrix.sync.aligned.m8n8.x2.shared.b16 [%0], {%1, %2};" ::"r"(to), "r"(a),
-                 "r"(b)
-                 : "memory");
+__device__ __forceinline__ float load_shared(unsigned from) {
+    float v;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(from) : "memory");
+    return v;
 }
 
 __device__ __forceinline__ uint4 load_piece(unsigned from) {
@@ -253,8 +253,6 @@ struct Mma;
 #define O60 O56, "+f"(d[56]), "+f"(d[57]), "+f"(d[58]), "+f"(d[59])
 #define L64 L60 ", %60, %61, %62, %63"
 #define O64 O60, "+f"(d[60]), "+f"(d[61]), "+f"(d[62]), "+f"(d[63])
-#define L68 L64 ", %64, %65, %66, %67"
-#define O68 O64, "+f"(d[64]), "+f"(d[65]), "+f"(d[66]), "+f"(d[67])
 
 #define MMA(N, LIST, OUT, A, B, ADD)                                                                \
     template <>                                                                                    \
@@ -284,5 +282,4 @@ MMA(104, L52, O52, "%52", "%53", "%54")
 MMA(112, L56, O56, "%56", "%57", "%58")
 MMA(120, L60, O60, "%60", "%61", "%62")
 MMA(128, L64, O64, "%64", "%65", "%66")
-MMA(136, L68, O68, "%68", "%69", "%70")
 #undef MMA

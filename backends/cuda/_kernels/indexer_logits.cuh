@@ -27,27 +27,25 @@ struct Columns {
     static constexpr int WEIGHTS = N / 4;
 };
 
-// Half of each weight that this thread needs, for rows from `first`; what rows beyond `rows` get is
-// never used.
+// The weights that this thread needs, for rows from `first`; what rows beyond `rows` get is never used.
 template <int N>
-__device__ __forceinline__ void load_weights(float (&half)[N / 4], const float* weights,
+__device__ __forceinline__ void load_weights(float (&own)[N / 4], const float* weights,
                                              long long row_stride, int first, int rows) {
 #pragma unroll
     for (int j = 0; j < N / 8; ++j) {
         const int row = min(first + j / (HEADS / 8), rows - 1);
         const int head = j % (HEADS / 8) * 8 + threadIdx.x % 4 * 2;
 #pragma unroll
-        for (int c = 0; c < 2; ++c)
-            half[2 * j + c] = 0.5f * weights[row * row_stride + head + c];
+        for (int c = 0; c < 2; ++c) own[2 * j + c] = weights[row * row_stride + head + c];
     }
 }
 
 // score[i] = sum over heads of ReLU(products) * weight, of query 2 i + threadIdx % 2 (of query 2 i if
-// that is the last) and key `own_key()`. ReLU(x) * w is (x + |x|) * (w / 2), exactly: an addition is
-// twice as fast as a maximum.
+// that is the last) and key `own_key()`. A maximum takes as long as two additions, but on arithmetic
+// of its own beside that of the multiplications: x + |x| times half the weight is no faster.
 template <int N>
 __device__ __forceinline__ void sums(float (&score)[Columns<N>::SCORES],
-                                     const float (&products)[N / 2], const float (&half)[N / 4]) {
+                                     const float (&products)[N / 2], const float (&own)[N / 4]) {
     constexpr int QUERIES = Columns<N>::QUERIES, OCTETS = HEADS / 8;
     const bool odd = threadIdx.x & 1, high = threadIdx.x & 2;
     float kept[QUERIES];
@@ -59,8 +57,8 @@ __device__ __forceinline__ void sums(float (&score)[Columns<N>::SCORES],
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
                 const float low = products[4 * j + c], up = products[4 * j + 2 + c];
-                low_key = fmaf(low + fabsf(low), half[2 * j + c], low_key);
-                high_key = fmaf(up + fabsf(up), half[2 * j + c], high_key);
+                low_key = fmaf(fmaxf(low, 0.0f), own[2 * j + c], low_key);
+                high_key = fmaf(fmaxf(up, 0.0f), own[2 * j + c], high_key);
             }
         }
         kept[query] = (high ? high_key : low_key) +

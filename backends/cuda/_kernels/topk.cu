@@ -1,5 +1,5 @@
-// The k best columns of each row of scores, in ascending order. One block takes rows in turn, or a
-// cluster of blocks shares one.
+// The k best columns of each row of scores, in ascending order. A row has a block, or a cluster of
+// blocks that share it.
 //
 // A row is read once. A score enters the block's list if it reaches a floor, estimated from a sample of
 // the row; the list is in order of columns at all times. A list that is full is cut down to its k best,
@@ -18,7 +18,7 @@ struct Call {
   const int *starts, *ends;
   int* out;
   long long stride;
-  int rows, n, k;
+  int n, k;
 };
 
 // Scores of one row as 16-byte vectors from an aligned address at or before the first. Element
@@ -162,18 +162,13 @@ __device__ const uint4* drawn(const Row& row, int i) {
   return reinterpret_cast<const uint4*>(row.base) + at;
 }
 
-// Have the first of this block's scores brought into the L2 cache, and the row's sample.
+// Have the first of this block's scores brought into the L2 cache.
 template <int E>
-__device__ void prefetch(const Row& row, bool sample) {
+__device__ void prefetch(const Row& row) {
   if (threadIdx.x == 0 && row.to - row.from >= E) {
     const char* from = row.base + static_cast<long long>(row.from) * (16 / E);
-    const int bytes = min((row.to - row.from) / E * 16, PREFETCHED);
+    const int bytes = min((row.to - row.from) / E, PREFETCHED / 16) * 16;
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
-  }
-  if (!sample || row.total <= CAP) return;
-#pragma unroll
-  for (int i = 0; i < SAMPLED / E; ++i) {
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(drawn<E>(row, i)));
   }
 }
 
@@ -198,7 +193,6 @@ __device__ void estimate(Shared& s, State& state, const Row& row, int k) {
   }
   const float expected = static_cast<float>(k) * (THREADS * SAMPLED) / (row.total - row.head);
   const int rank = static_cast<int>(expected + 4 * sqrtf(expected) + 8);
-  state.floor = LOWEST, state.count = state.ties = 0;
   if (exchange(state, __reduce_add_sync(FULL, valid)).all < rank) return;
   const Cut cut = cut_at(s, state, key, SAMPLED, rank, max(1, rank / 16));
   state.floor = value_of(cut.room ? cut.key : cut.key + 1);
@@ -209,54 +203,39 @@ template <int E>
 __device__ void select(const Call& call) {
   extern __shared__ __align__(128) unsigned char memory[];
   Shared& s = *reinterpret_cast<Shared*>(memory);
-  const int size = cluster_size(), rank = cluster_rank();
-  const int step = gridDim.x / size;
-  int index = blockIdx.x / size;
-  const int k = call.k;
-  if (size > 1) cluster_meet(s);
+  const int size = cluster_size(), index = blockIdx.x / size, k = call.k;
   State state{LOWEST, 0, 0, address_of(s.sums)};
-  Row row = row_of<E>(call, index);
-  prefetch<E>(row, false);
-  while (true) {
-    state.floor = LOWEST, state.count = state.ties = 0;
+  const Row row = row_of<E>(call, index);
+  if (row.total) {
+    prefetch<E>(row);
     if (row.total > CAP) estimate<E>(s, state, row, k);
-    if (size > 1) cluster_met();
     bool guessed = state.floor > LOWEST;
     while (true) {
       for (int at = row.from; at < row.to;) {
         at = stream<E>(s, state, row, at);
         if (at < row.to || (size > 1 && state.count > CAP - k)) state = reduced(s, state, k);
       }
-      if (row.total == 0) break;
       if (size > 1 ? gather(s, state, k, guessed) : state.count >= k || !guessed) break;
       guessed = false;
       state.floor = LOWEST, state.count = state.ties = 0;
     }
-    int* out = call.out + static_cast<long long>(index) * k;
-    index += step;
-    const bool more = index < call.rows;
-    if (more) {  // scores of the next row are on their way while this one is cut
-      row = row_of<E>(call, index);
-      prefetch<E>(row, true);
-    }
-    if (rank == 0) {
-      keep_best<true>(s, state, k, out);
-      for (int i = state.count + threadIdx.x; i < k; i += THREADS) out[i] = -1;
-    }
-    if (!more) break;
   }
+  if (cluster_rank() > 0) return;
+  int* out = call.out + static_cast<long long>(index) * k;
+  keep_best<true>(s, state, k, out);
+  for (int i = state.count + threadIdx.x; i < k; i += THREADS) out[i] = -1;
 }
 
 }  // namespace
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) topk_fp32(
-    const void* logits, const int* starts, const int* ends, int* out, long long stride, int rows,
-    int n, int k) {
-  select<4>({logits, starts, ends, out, stride, rows, n, k});
+    const void* logits, const int* starts, const int* ends, int* out, long long stride, int n,
+    int k) {
+  select<4>({logits, starts, ends, out, stride, n, k});
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) topk_bf16(
-    const void* logits, const int* starts, const int* ends, int* out, long long stride, int rows,
-    int n, int k) {
-  select<8>({logits, starts, ends, out, stride, rows, n, k});
+    const void* logits, const int* starts, const int* ends, int* out, long long stride, int n,
+    int k) {
+  select<8>({logits, starts, ends, out, stride, n, k});
 }

@@ -27,10 +27,10 @@ struct Shared {
   unsigned lows[WARPS], highs[WARPS];
   unsigned few[FEW];
   unsigned found_bin, found_above, found_inside, fews;
-  int held[2][8], place;  // of the blocks of a cluster
-  unsigned long long counted[2], pushed;
+  int held, place;
   alignas(16) Entry list[CAP];
 };
+static_assert(OWN % 4 == 0 && CAP % THREADS == 0, "threads hold equal shares of a full list");
 static_assert(sizeof(Shared) <= BYTES, "topk.py counts the bytes of shared memory");
 
 // What every thread of a block knows of the list: scores below `floor` do not enter. While `ties` is
@@ -104,18 +104,23 @@ __device__ Sums exchange(State& state, unsigned mine) {
 
 // The bin in which the count from above reaches k, for all threads.
 __device__ void find_bin(Shared& s, State& state, int k, int above) {
-  constexpr int BINS_EACH = BINS / THREADS;
-  const int top = BINS - 1 - static_cast<int>(threadIdx.x) * BINS_EACH;
-  unsigned own = 0;
+  constexpr int EACH = BINS / THREADS;
+  const int lowest = BINS - (static_cast<int>(threadIdx.x) + 1) * EACH;
+  unsigned own[EACH], total = 0;
 #pragma unroll
-  for (int i = 0; i < BINS_EACH; ++i) own += s.bins[top - i];
-  const unsigned sum = scan(own);
+  for (int i = 0; i < EACH; ++i) own[i] = s.bins[lowest + i], total += own[i];
+  const unsigned sum = scan(total);
   const unsigned all = __shfl_sync(FULL, sum, 31);
-  int before = above + exchange(state, all).before + static_cast<int>(sum - own);
-  if (before < k && k <= before + static_cast<int>(own)) {
-    int bin = top;
-    while (before + static_cast<int>(s.bins[bin]) < k) before += s.bins[bin--];
-    s.found_bin = bin, s.found_above = before, s.found_inside = s.bins[bin];
+  int before = above + exchange(state, all).before + static_cast<int>(sum - total);
+  if (before < k && k <= before + static_cast<int>(total)) {
+#pragma unroll
+    for (int i = EACH - 1; i >= 0; --i) {
+      const int inside = static_cast<int>(own[i]);
+      if (before < k && k <= before + inside) {
+        s.found_bin = lowest + i, s.found_above = before, s.found_inside = inside;
+      }
+      before += inside;
+    }
   }
   __syncthreads();
 }
@@ -179,18 +184,20 @@ __device__ Cut cut_at(
 // list's front.
 template <bool LAST>
 __device__ void keep_best(Shared& s, State& state, int k, int* out) {
-  // Warps have equal stretches of the list.
-  const int used = (state.count + THREADS - 1) / THREADS;
+  // Warps have equal stretches of the list. Entries are read four at a time, so that reads overlap.
+  const int used = (state.count + THREADS * 4 - 1) / (THREADS * 4) * 4;
   const int first = warp() * (32 * used) + lane();
   unsigned key[OWN];
   int column[OWN];
 #pragma unroll
-  for (int u = 0; u < OWN; ++u) {
-    key[u] = 0;
-    if (u < used && first + u * 32 < state.count) {
-      const Entry entry = s.list[first + u * 32];
-      key[u] = key_of(entry.score);
-      if constexpr (!LAST) column[u] = entry.column;
+  for (int u = 0; u < OWN; u += 4) {
+    if (u < used) {
+#pragma unroll
+      for (int i = u; i < u + 4; ++i) {
+        const Entry entry = s.list[first + i * 32];
+        key[i] = first + i * 32 < state.count ? key_of(entry.score) : 0;
+        if constexpr (!LAST) column[i] = entry.column;
+      }
     }
   }
   const Cut cut = state.count > k ? cut_at(s, state, key, used, k, 0) : Cut{0, 0};
@@ -203,23 +210,30 @@ __device__ void keep_best(Shared& s, State& state, int k, int* out) {
   const unsigned lower = (1u << lane()) - 1;
   int above = sums.before & 0xffff, equal = sums.before >> 16;
 #pragma unroll
-  for (int u = 0; u < OWN; ++u) {
+  for (int u = 0; u < OWN; u += 4) {
     if (u < used) {
-      const unsigned ups = __ballot_sync(FULL, key[u] > cut.key);
-      bool kept = ups >> lane() & 1;
-      int place = above + __popc(ups & lower);
-      above += __popc(ups);
-      if (cut.room) {
-        const unsigned evens = __ballot_sync(FULL, key[u] == cut.key);
-        const int even = equal + __popc(evens & lower);
-        kept |= (evens >> lane() & 1) && even < cut.room;
-        place += min(even, cut.room);
-        equal += __popc(evens);
-      }
       if constexpr (LAST) {
-        if (kept) out[place] = s.list[first + u * 32].column;
-      } else {
-        if (kept) s.list[place] = {value_of(key[u]), column[u]};
+#pragma unroll
+        for (int i = u; i < u + 4; ++i) column[i] = s.list[first + i * 32].column;
+      }
+#pragma unroll
+      for (int i = u; i < u + 4; ++i) {
+        const unsigned ups = __ballot_sync(FULL, key[i] > cut.key);
+        bool kept = key[i] > cut.key;
+        int place = above + __popc(ups & lower);
+        above += __popc(ups);
+        if (cut.room) {
+          const unsigned evens = __ballot_sync(FULL, key[i] == cut.key);
+          const int even = equal + __popc(evens & lower);
+          kept |= key[i] == cut.key && even < cut.room;
+          place += min(even, cut.room);
+          equal += __popc(evens);
+        }
+        if constexpr (LAST) {
+          if (kept) out[place] = column[i];
+        } else {
+          if (kept) s.list[place] = {value_of(key[i]), column[i]};
+        }
       }
     }
   }

@@ -1,4 +1,4 @@
-"""Products with weights in plain Triton: FP8 with block scales, floats, and both for groups of rows.
+"""Products with weights in plain Triton: FP8 with block scales, floats, both by groups of rows.
 
 Every kernel makes one tile [BM, BN] of the product per program. Offsets of rows and groups are
 64-bit, since a stack of experts' weights exceeds 2^31 elements. Each 128 of k are accumulated by

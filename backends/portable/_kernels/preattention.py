@@ -18,8 +18,12 @@ KEYS = tl.constexpr(16)
 """Keys per program."""
 
 MANY = 1024
-"""Programs of queries from which keys have a launch of their own: in one program with the queries,
+"""Tiles of queries from which keys have a launch of their own: in one program with the queries,
 their steps would cost the queries half of the programs that run at once, for want of registers."""
+
+TILES = 8
+"""Tiles that a program of queries takes from then on: signs are made once, and one tile is loaded
+while another is computed."""
 
 
 def indexer(
@@ -36,21 +40,22 @@ def indexer(
         return q_out, k_out, w_out
     q, k, weights, cos_sin = dense(q), dense(k), dense(weights), dense(cos_sin)
     rows, rotary = tokens * heads, cos_sin.shape[1]
-    rest = dim - rotary
+    rest, half = dim - rotary, max(LEAST.value // 2, power_of_two(rotary // 2))
     tile = pick("indexer_qk", rows, power_of_two(dim))
     parts = triton.cdiv(heads, tile.rows)
-    keys, queries = triton.cdiv(tokens, KEYS.value), tokens * parts
-    together = queries < MANY
+    together = tokens * parts < MANY
+    tiles = 1 if together else TILES
+    keys, queries = triton.cdiv(tokens, KEYS.value), triton.cdiv(tokens * parts, tiles)
     for with_keys, with_queries in [(True, True)] if together else [(True, False), (False, True)]:
         _indexer[(keys * with_keys + queries * with_queries,)](
             q, k, weights, dense(k_weight), dense(k_bias), dense(positions), cos_sin, q_out, k_out,
             w_out, keys * with_keys, tokens, heads, parts, cos_sin.shape[0], q.stride(0),
             k.stride(0), weights.stride(0), cos_sin.stride(0), eps, (heads * dim) ** -0.5,
-            dim**-0.5, DIM=dim, ROTARY=rotary, HALF=max(LEAST.value, power_of_two(rotary // 2)),
+            dim**-0.5, DIM=dim, ROTARY=rotary, HALF=half,
             REST=max(LEAST.value, power_of_two(rest)) if rest else 0,
             WIDTH=max(LEAST.value, power_of_two(dim)), INTERLEAVED=interleaved, QUANTIZE=quantize,
-            POW2=pow2, ROWS=tile.rows, WITH_KEYS=with_keys, WITH_QUERIES=with_queries,
-            num_warps=tile.warps,
+            POW2=pow2, ROWS=tile.rows, TILES=tiles, WITH_KEYS=with_keys,
+            WITH_QUERIES=with_queries, num_warps=tile.warps,
         )  # fmt: skip
     return q_out, k_out, w_out
 
@@ -69,18 +74,18 @@ def _columns(
 
 @triton.jit
 def _load(at, ok, ROTARY: tl.constexpr, HALF: tl.constexpr, INTERLEAVED: tl.constexpr):
-    """Both halves of the rows that start at `at`, in fp32."""
+    """Both halves of the rows that start at `at`."""
     if INTERLEAVED:
         pair = tl.arange(0, 2 * HALF)
         inside = ok[:, None] & (pair < ROTARY)[None, :]
-        both = tl.load(at[:, None] + pair[None, :], mask=inside, other=0.0).to(tl.float32)
+        both = tl.load(at[:, None] + pair[None, :], mask=inside, other=0.0)
         a, b = tl.split(tl.reshape(both, [at.shape[0], HALF, 2]))
     else:
         item = tl.arange(0, HALF)
         inside = ok[:, None] & (item < ROTARY // 2)[None, :]
         own = at[:, None] + item[None, :]
-        a = tl.load(own, mask=inside, other=0.0).to(tl.float32)
-        b = tl.load(own + ROTARY // 2, mask=inside, other=0.0).to(tl.float32)
+        a = tl.load(own, mask=inside, other=0.0)
+        b = tl.load(own + ROTARY // 2, mask=inside, other=0.0)
     return a, b
 
 
@@ -113,19 +118,29 @@ def _store(at, a, b, rest, ok, DIM: tl.constexpr, ROTARY: tl.constexpr, HALF: tl
 
 
 @triton.jit
-def _transformed(any, a, b, rest, first, second, DIM: tl.constexpr, ROTARY: tl.constexpr,
-                 REST: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """The Hadamard transform of rows in parts, not yet scaled, as fp32 [rows, WIDTH]. `any` is a
-    pointer that is not read."""
+def _part_signs(any, DIM: tl.constexpr, ROTARY: tl.constexpr, HALF: tl.constexpr,
+                REST: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr,
+                QUANTIZE: tl.constexpr):  # fmt: skip
+    """The signs of both halves, one after the other, and of the rest. `any` is a pointer that is
+    not read."""
+    kind: tl.constexpr = tl.bfloat16 if any.dtype.element_ty == tl.float32 else any.dtype.element_ty
+    if QUANTIZE:
+        pair, side = tl.arange(0, 2 * HALF) % HALF, tl.arange(0, 2 * HALF) // HALF
+        column = 2 * pair + side if INTERLEAVED else pair + side * (ROTARY // 2)
+        sign = signs(any, tl.where(pair < ROTARY // 2, column, DIM), WIDTH, DIM, kind)
+        rest = signs(any, ROTARY + tl.arange(0, REST), WIDTH, DIM, kind) if REST else sign
+    else:
+        sign, rest = 0, 0
+    return sign, rest
+
+
+@triton.jit
+def _transformed(a, b, rest, sign, rest_sign, REST: tl.constexpr):
+    """The Hadamard transform of rows in parts, not yet scaled, in fp32."""
     SPLIT: tl.constexpr = a.dtype == tl.float32
-    kind: tl.constexpr = tl.bfloat16 if SPLIT else a.dtype
-    # All signs before the first product, whose sums hold many registers.
-    a_sign = signs(any, first, WIDTH, DIM, kind)
-    b_sign = signs(any, second, WIDTH, DIM, kind)
-    if REST:
-        rest_sign = signs(any, ROTARY + tl.arange(0, REST), WIDTH, DIM, kind)
-    acc = signed_sum(a, a_sign, tl.zeros([a.shape[0], WIDTH], tl.float32), SPLIT)
-    acc = signed_sum(b, b_sign, acc, SPLIT)
+    both = tl.reshape(tl.trans(tl.join(a, b), 0, 2, 1), [a.shape[0], 2 * a.shape[1]])
+    acc = tl.zeros([a.shape[0], sign.shape[1]], tl.float32)
+    acc = signed_sum(both, sign, acc, SPLIT)
     if REST:
         acc = signed_sum(rest, rest_sign, acc, SPLIT)
     return acc
@@ -168,59 +183,68 @@ def _keys(
 ):  # fmt: skip
     """Some tokens' keys."""
     kind: tl.constexpr = k.dtype.element_ty
+    sign, rest_sign = _part_signs(k, DIM, ROTARY, HALF, REST, WIDTH, INTERLEAVED, QUANTIZE)
     first, second = _columns(DIM, ROTARY, HALF, INTERLEAVED)
     token = first_token + tl.arange(0, KEYS)
     ok = token < tokens
     source = k + token.to(tl.int64) * stride
-    a, b = _load(source, ok, ROTARY, HALF, INTERLEAVED)
-    rest = _load_rest(source, ok, DIM, ROTARY, REST).to(tl.float32) if REST else a
     position = positions_of(positions, token, ok, positions_end)
+    a, b = _load(source, ok, ROTARY, HALF, INTERLEAVED)
+    rest = _load_rest(source, ok, DIM, ROTARY, REST) if REST else a
     cos, sin = table_of(cos_sin, position, ok, table_stride, ROTARY, HALF)
     a, b, rest = _layer_norm(
-        a, b, rest, k_weight, k_bias, first, second, eps, kind, DIM, ROTARY, REST
-    )
+        a.to(tl.float32), b.to(tl.float32), rest.to(tl.float32), k_weight, k_bias, first, second,
+        eps, kind, DIM, ROTARY, REST,
+    )  # fmt: skip
     a, b = turned(a, b, cos, sin)
     a, b, target = a.to(kind), b.to(kind), k_out + token.to(tl.int64) * DIM
     if QUANTIZE:
-        made = _transformed(k, a, b, rest, first, second, DIM, ROTARY, REST, WIDTH) * factor
+        made = _transformed(a, b, rest, sign, rest_sign, REST)
         column = tl.arange(0, WIDTH)[None, :]
-        tl.store(target[:, None] + column, made.to(kind), mask=ok[:, None] & (column < DIM))
+        tl.store(
+            target[:, None] + column, (made * factor).to(kind), mask=ok[:, None] & (column < DIM)
+        )
     else:
         _store(target, a, b, rest, ok, DIM, ROTARY, HALF, REST, INTERLEAVED)
 
 
 @triton.jit
 def _queries(
-    token, head, q, weights, positions, cos_sin, q_out, w_out, heads, positions_end, stride,
-    weight_stride, table_stride, weight_factor, factor, DIM: tl.constexpr, ROTARY: tl.constexpr,
-    HALF: tl.constexpr, REST: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr,
-    QUANTIZE: tl.constexpr, POW2: tl.constexpr,
+    program, q, weights, positions, cos_sin, q_out, w_out, tokens, heads, parts, positions_end,
+    stride, weight_stride, table_stride, weight_factor, factor, DIM: tl.constexpr,
+    ROTARY: tl.constexpr, HALF: tl.constexpr, REST: tl.constexpr, WIDTH: tl.constexpr,
+    INTERLEAVED: tl.constexpr, QUANTIZE: tl.constexpr, POW2: tl.constexpr, ROWS: tl.constexpr,
+    TILES: tl.constexpr,
 ):  # fmt: skip
-    """Some heads of one token, and their weights."""
+    """TILES tiles, each of some heads of one token, and their weights."""
     kind: tl.constexpr = q.dtype.element_ty
-    first, second = _columns(DIM, ROTARY, HALF, INTERLEAVED)
-    ok = head < heads
-    source = q + token.to(tl.int64) * stride + head * DIM
-    a, b = _load(source, ok, ROTARY, HALF, INTERLEAVED)
-    rest = _load_rest(source, ok, DIM, ROTARY, REST) if REST else a
-    weight = tl.load(weights + token.to(tl.int64) * weight_stride + head, mask=ok, other=0.0)
-    weight *= weight_factor
-    only = tl.full([1], True, tl.int1)  # one row of the table serves all heads of a token
-    position = positions_of(positions, tl.arange(0, 1) + token, only, positions_end)
-    cos, sin = table_of(cos_sin, position, only, table_stride, ROTARY, HALF)
-    a, b = turned(a, b, cos, sin)
-    row = token.to(tl.int64) * heads + head
-    a, b, target = a.to(kind), b.to(kind), q_out + row * DIM
-    if QUANTIZE:
-        made = _transformed(q, a, b, rest, first, second, DIM, ROTARY, REST, WIDTH)
-        scale = scale_of(tl.max(tl.abs(made), 1) * factor, POW2)
-        weight *= scale
-        code = encoded(made, scale[:, None], POW2, factor)
-        column = tl.arange(0, WIDTH)[None, :]
-        tl.store(target[:, None] + column, code, mask=ok[:, None] & (column < DIM))
-    else:
-        _store(target, a, b, rest, ok, DIM, ROTARY, HALF, REST, INTERLEAVED)
-    tl.store(w_out + row, weight, mask=ok)
+    sign, rest_sign = _part_signs(q, DIM, ROTARY, HALF, REST, WIDTH, INTERLEAVED, QUANTIZE)
+    for at in range(0, TILES):
+        tile = program * TILES + at
+        token, head = tile // parts, tile % parts * ROWS + tl.arange(0, ROWS)
+        real = token < tokens
+        ok = (head < heads) & real
+        source = q + token.to(tl.int64) * stride + head * DIM
+        only = tl.full([1], True, tl.int1) & real  # one row of the table serves a token's heads
+        position = positions_of(positions, tl.arange(0, 1) + token, only, positions_end)
+        a, b = _load(source, ok, ROTARY, HALF, INTERLEAVED)
+        rest = _load_rest(source, ok, DIM, ROTARY, REST) if REST else a
+        weight_at = weights + token.to(tl.int64) * weight_stride + head
+        weight = tl.load(weight_at, mask=ok, other=0.0) * weight_factor
+        cos, sin = table_of(cos_sin, position, only, table_stride, ROTARY, HALF)
+        a, b = turned(a.to(tl.float32), b.to(tl.float32), cos, sin)
+        row = token.to(tl.int64) * heads + head
+        a, b, target = a.to(kind), b.to(kind), q_out + row * DIM
+        if QUANTIZE:
+            made = _transformed(a, b, rest, sign, rest_sign, REST)
+            scale = scale_of(tl.max(tl.abs(made), 1) * factor, POW2)
+            weight *= scale
+            code = encoded(made, scale[:, None], POW2, factor)
+            column = tl.arange(0, WIDTH)[None, :]
+            tl.store(target[:, None] + column, code, mask=ok[:, None] & (column < DIM))
+        else:
+            _store(target, a, b, rest, ok, DIM, ROTARY, HALF, REST, INTERLEAVED)
+        tl.store(w_out + row, weight, mask=ok)
 
 
 @triton.jit(do_not_specialize=["key_programs", "tokens", "positions_end"])
@@ -229,7 +253,8 @@ def _indexer(
     heads, parts, positions_end, q_stride, k_stride, weight_stride, table_stride, eps,
     weight_factor, factor, DIM: tl.constexpr, ROTARY: tl.constexpr, HALF: tl.constexpr,
     REST: tl.constexpr, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr, QUANTIZE: tl.constexpr,
-    POW2: tl.constexpr, ROWS: tl.constexpr, WITH_KEYS: tl.constexpr, WITH_QUERIES: tl.constexpr,
+    POW2: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, WITH_KEYS: tl.constexpr,
+    WITH_QUERIES: tl.constexpr,
 ):  # fmt: skip
     """The first programs take keys, the others queries, if there are any of either."""
     pid = tl.program_id(0)
@@ -239,12 +264,9 @@ def _indexer(
             k_stride, table_stride, eps, factor, DIM, ROTARY, HALF, REST, WIDTH, INTERLEAVED,
             QUANTIZE,
         )  # fmt: skip
-    if WITH_QUERIES:
-        tile = pid - key_programs
-        if tile >= 0:
-            head = tile % parts * ROWS + tl.arange(0, ROWS)
-            _queries(
-                tile // parts, head, q, weights, positions, cos_sin, q_out, w_out, heads,
-                positions_end, q_stride, weight_stride, table_stride, weight_factor, factor, DIM,
-                ROTARY, HALF, REST, WIDTH, INTERLEAVED, QUANTIZE, POW2,
-            )  # fmt: skip
+    if WITH_QUERIES and pid >= key_programs:
+        _queries(
+            pid - key_programs, q, weights, positions, cos_sin, q_out, w_out, tokens, heads, parts,
+            positions_end, q_stride, weight_stride, table_stride, weight_factor, factor, DIM,
+            ROTARY, HALF, REST, WIDTH, INTERLEAVED, QUANTIZE, POW2, ROWS, TILES,
+        )  # fmt: skip

@@ -26,10 +26,7 @@ def _attend_row(
     q_row = Q + batch * sq_b + query * sq_n + head[:, None].to(tl.int64) * sq_h
     ql = tl.load(q_row + cl[None, :], mask=real[:, None] & (cl < L)[None, :], other=0).to(MATH)
     qr = tl.load(q_row + L + cr[None, :], mask=real[:, None] & (cr < R)[None, :], other=0).to(MATH)
-    if HAS_LEN:
-        length = tl.minimum(k, tl.load(LEN + batch * st_b + query * st_n))
-    else:
-        length = k
+    length = tl.minimum(k, tl.load(LEN + batch * st_b + query * st_n)) if HAS_LEN else k
     end = tl.minimum(end, length)
     idx_row = IDX + batch * si_b + query * si_n
 

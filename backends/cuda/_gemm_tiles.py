@@ -1,0 +1,169 @@
+"""How the products' kernels in CUDA C++ cut a product into tiles: plain arithmetic, no device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from dsa_hal.autotune.space import Space
+
+BLOCK = 128
+"""Of k in one stage of an FP8 kernel."""
+
+SHARED = 228 << 10
+"""Bytes of shared memory of a multiprocessor; each block also takes one KiB for the system."""
+
+PROCESSORS = 132
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How one block computes its part of a product.
+
+    mt      rows of activations
+    wgs     warpgroups that compute
+    stages  blocks of k under way at once
+    split   blocks of one cluster that share k
+    blocks  of them on a multiprocessor at once
+    waves   0: fp8_gemm.cu, 64 columns for each warpgroup, along the rows of the matrix unit; else
+            fp8_gemm_wide.cu, where the `mt` = 128 rows of activations lie there, and so many times
+            128 columns along its other side
+    ahead   1 or 2: products of a group that are under way while it adds
+    pair    2: two blocks of a cluster share weights, each has rows of its own
+    """
+
+    mt: int
+    wgs: int
+    stages: int
+    split: int = 1
+    blocks: int = 1
+    waves: int = 0
+    ahead: int = 1
+    pair: int = 1
+
+    @property
+    def nt(self) -> int:
+        """Columns."""
+        return self.waves * 128 if self.waves else self.wgs * 64
+
+    @property
+    def height(self) -> int:
+        """Rows of a cluster."""
+        return self.mt * self.pair
+
+    @property
+    def threads(self) -> int:
+        """Those that compute, and those that copy: a warp, or a whole group where it gives its
+        registers to the others."""
+        return self.wgs * 128 + (128 if self.blocks == 1 else 32)
+
+
+def shared_bytes(tile: Tile, turned: bool = True) -> int:
+    """Shared memory of one block. `turned`: 16-bit outputs are turned there, fp32 ones need not."""
+    stage = (tile.nt + tile.mt) * BLOCK + 16
+    if tile.waves:
+        return tile.stages * (stage + 4 * (tile.mt + 4)) + turned * tile.mt * 256
+    return tile.stages * (stage + 4 * tile.mt) + turned * (tile.split == 1) * tile.nt * tile.mt * 2
+
+
+def fits(tile: Tile) -> bool:
+    """Whether the tile's blocks have room on a multiprocessor, and in a block its part of a sum."""
+    part = 4 * tile.mt * (tile.nt + 4) if tile.split > 1 else 0
+    room = SHARED // tile.blocks - 1024
+    return shared_bytes(tile) <= room and part <= tile.stages * (tile.nt + tile.mt) * BLOCK
+
+
+def narrow(mt: int, wgs: int, split: int, blocks: int) -> Tile | None:
+    """The tile of fp8_gemm.cu with as many stages as fit, at most eight; None if not even three."""
+    tiles = (Tile(mt, wgs, stages, split, blocks) for stages in range(8, 2, -1))
+    return next(filter(fits, tiles), None)
+
+
+def wide(waves: int, pair: int, ahead: int = 1) -> Tile:
+    """The tile of fp8_gemm_wide.cu with as many stages as fit, at most eight."""
+    tiles = (
+        Tile(128, 2, stages, waves=waves, ahead=ahead, pair=pair) for stages in range(8, 1, -1)
+    )
+    return next(filter(fits, tiles))
+
+
+def tiles(*, rows: int, n: int, k: int, groups: int) -> list[Tile]:
+    """Tiles for `groups` products of about so many rows each, the best guess first."""
+    if rows > 128 or (rows > 64 and groups > 1):
+        return _many_rows(rows, n, groups)
+    return _few_rows(rows, n, -(-k // BLOCK), groups)
+
+
+def _few_rows(rows: int, n: int, blocks_k: int, groups: int) -> list[Tile]:
+    """What takes time is to read the weights, so the tile is as low as the rows allow, and k is
+    split until every processor has some of them."""
+    across = groups * -(-n // 64)
+    split = 1
+    while split < 8 and across * split * 2 <= 1.1 * PROCESSORS and blocks_k >= 4 * split:
+        split *= 2
+    mt = next(t for t in (8, 16, 32, 64, 128) if rows <= t)
+    if mt == 128 and 0.8 * PROCESSORS <= across <= PROCESSORS:
+        mt = 64  # one round of tiles either way, and two blocks read at once
+    many = (3, 1) if mt == 128 else (2, 2)
+    shapes = [many, (1, 2)] if across > 2 * PROCESSORS else [(1, 2), many]
+    found = [narrow(mt, wgs, split, blocks) for wgs, blocks in shapes]
+    found += [narrow(min(mt, 64), wgs, s, 2) for s in (1, 2, 4, 8) for wgs in (1, 2)]
+    return list(dict.fromkeys(tile for tile in found if tile is not None))
+
+
+def _many_rows(rows: int, n: int, groups: int) -> list[Tile]:
+    """The least time over all rounds of tiles; 128 columns take more than half the time of 256."""
+
+    def time(tile: Tile) -> float:
+        count = groups * -(-rows // tile.height) * -(-n // tile.nt)
+        return -(-count // (PROCESSORS // tile.pair)) * (1.0 if tile.waves == 2 else 0.56)
+
+    pairs = (1, 2) if rows > 128 else (1,)
+    found = [tile for pair in pairs for tile in (wide(2, pair), wide(1, pair, 2))]
+    return sorted(found, key=time)
+
+
+def whole(**facts: int) -> list[Tile]:
+    """`tiles` that do not split k, for products whose count of tiles only the device knows: blocks
+    that share a sum take one tile each."""
+    return [tile for tile in tiles(**facts) if tile.split == 1]
+
+
+SPACES = {
+    "fp8_gemm": Space("fp8_gemm/cuda", Tile, tiles),
+    "grouped_fp8_gemm": Space("grouped_fp8_gemm/cuda", Tile, whole),
+    "grouped_fp8_gemm_masked": Space("grouped_fp8_gemm_masked/cuda", Tile, tiles),
+}
+
+
+@dataclass(frozen=True)
+class FloatTile:
+    """How one block of grouped_gemm.cu computes its part: two warpgroups, 64 rows each.
+
+    waves   times 128 columns
+    stages  of 64 along k, under way at once
+    """
+
+    waves: int
+    stages: int
+    mt = 128
+    bk = 64
+    threads = 3 * 128
+
+    @property
+    def nt(self) -> int:
+        """Columns."""
+        return self.waves * 128
+
+
+def floats_bytes(tile: FloatTile) -> int:
+    """Shared memory of one block."""
+    return tile.stages * ((tile.mt + tile.nt) * tile.bk * 2 + 16) + tile.mt * 17 * 16
+
+
+def float_tiles(*, n: int, groups: int) -> list[FloatTile]:
+    """Tiles for products of bf16 or fp16: wide ones, but where n is narrow."""
+    found = [FloatTile(2, 4), FloatTile(1, 6)]
+    return found if n > 128 else found[::-1]
+
+
+FLOATS = Space("grouped_gemm/cuda", FloatTile, float_tiles)
