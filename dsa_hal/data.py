@@ -98,6 +98,9 @@ def columns_below(argument: str, lengths: str) -> Mask:
     def mask(inputs: Inputs) -> Tensor:
         table, some = inputs[argument], inputs[lengths]
         column = torch.arange(table.shape[-1], device=table.device)
-        return column < (table.shape[-1] if some is None else some[..., None])
+        ends = (
+            torch.tensor(table.shape[-1], device=table.device) if some is None else some[..., None]
+        )
+        return torch.lt(column, ends)
 
     return mask

@@ -1,7 +1,7 @@
 """Which numbers the integer arguments of each op may hold; `dsa_hal.data` looks at them on request.
 Ranges that an op clips by itself are not here."""
 
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -10,8 +10,8 @@ from dsa_hal.case import Inputs
 from dsa_hal.data import RULES, Whole, columns_below
 
 
-def _rows(name: str) -> Any:
-    return lambda inputs: inputs[name].shape[0]
+def _rows(name: str) -> Callable[[Inputs], int]:
+    return lambda inputs: int(inputs[name].shape[0])
 
 
 def _pool(inputs: Inputs) -> int:
@@ -33,7 +33,7 @@ def _positions_seen(inputs: Inputs) -> Tensor:
     table, size = inputs["block_table"], inputs["pages"].shape[1]
     used = inputs["context_lens"].amax(-1).clamp(0, inputs["max_context_len"])
     page = torch.arange(table.shape[1], device=table.device)
-    return page * size < used[:, None]
+    return torch.lt(page * size, used[:, None])
 
 
 def _pages_named(inputs: Inputs) -> Tensor:
@@ -66,7 +66,7 @@ _LAYOUT = Whole("grouped_layout", _groups, "-1 (padding) or a group", -1)
 
 def _ends(keys: str) -> tuple[Whole, Whole]:
     def some(inputs: Inputs) -> Tensor:
-        return inputs["ke"] > inputs["ks"]
+        return torch.gt(inputs["ke"], inputs["ks"])
 
     return (
         Whole("ks", lambda i: i[keys].shape[0] + 1, "a key", 0, some),

@@ -96,6 +96,7 @@ def test_a_launch_says_what_the_call_says(name: str, monkeypatch: pytest.MonkeyP
     """Grid, cluster and the struct of a launch, read back by the layout of `Work` in C."""
     recorded, joined = Recorded(), []
     monkeypatch.setattr(hopper._nvrtc, "module", lambda source, defines: recorded)
+    monkeypatch.setattr(hopper._nvrtc, "address", lambda t: 0 if t is None else t.data_ptr())
     monkeypatch.setattr(hopper, "processors", lambda device: 132)
     monkeypatch.setattr(hopper, "join", lambda *args: joined.append(args))
     case = next(case for case in sparse_mla_paged.cases if case.name == name)

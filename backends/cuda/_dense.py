@@ -62,11 +62,12 @@ def attended(
     lse = torch.empty(tokens, heads, device=q.device)
     if tokens == 0:
         return out, lse
+    q, k, v, ks, ke = (without_gaps(t) for t in (q, k, v, ks, ke))
     words = anyone = ks  # not read without indices
     if indices is not None:
         words = torch.zeros(tokens + 1, -(-context // 32), dtype=torch.int32, device=q.device)
         words, anyone = words[:-1], words[-1]
-        count = indices.shape[1]
+        indices, count = without_gaps(indices), indices.shape[1]
         kernels.mark[(-(-count // 1024), tokens)](
             indices, ks, ke, words, anyone, indices.stride(0), words.stride(0), count, BLOCK=1024
         )
@@ -96,6 +97,11 @@ def attended(
     if splits > 1:
         merge(part, part_lse, out, lse)
     return out, lse
+
+
+def without_gaps(t: Tensor) -> Tensor:
+    """`t`, or a copy where its last axis has gaps: kernels step along it by one."""
+    return t if t.stride(-1) == 1 or t.shape[-1] < 2 else t.contiguous()
 
 
 def merge(part: Tensor, part_lse: Tensor, out: Tensor, lse: Tensor) -> None:

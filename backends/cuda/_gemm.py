@@ -86,7 +86,7 @@ def grouped_floats(a: Tensor, b: Tensor, layout: Tensor) -> Tensor:
         tile = FLOATS.pick(n=n, groups=groups)
         plan, units = _units(layout, groups, tile.mt)
         a, b = _readable(a), _readable(b)
-        args = ARGS.pack(0, 0, plan.data_ptr(), 0, 0, 0, 0, m, n, -(-k // tile.bk), groups)
+        args = ARGS.pack(0, 0, _nvrtc.address(plan), 0, 0, 0, 0, m, n, -(-k // tile.bk), groups)
         macros = (("WAVES", tile.waves), ("STAGES", tile.stages), ("MODE", UNITS))
         module = _nvrtc.module("grouped_gemm.cu", (*macros, ("OUT", OUTS[out.dtype])))
         maps = [_map(b, tile.nt, tile.bk), _map(a, tile.mt, tile.bk)]
@@ -117,7 +117,7 @@ def _launch(
     a_scale, b_scale = _dense(a_scale), _dense(b_scale)
     groups, n, k = b.shape
     args = ARGS.pack(
-        a_scale.data_ptr(), b_scale.data_ptr(), 0 if plan is None else plan.data_ptr(),
+        _nvrtc.address(a_scale), _nvrtc.address(b_scale), _nvrtc.address(plan),
         a_scale.stride(0), a_scale.stride(-2), b_scale.stride(0), b_scale.stride(-2),
         a.shape[-2], n, -(-k // BLOCK), groups,
     )  # fmt: skip
@@ -157,6 +157,7 @@ def _readable(t: Tensor) -> Tensor:
 
 def _map(t: Tensor, rows: int, columns: int) -> bytes:
     """What the copy engine must know of [groups, rows, k] to copy [rows, columns]."""
+    _nvrtc.address(t)  # raises for host memory, where the copy engine would find nothing
     return _nvrtc.tensor_map(t, (1, rows, columns), swizzle=128)
 
 

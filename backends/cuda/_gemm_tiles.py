@@ -61,7 +61,7 @@ def shared_bytes(tile: Tile, turned: bool = True) -> int:
     """Shared memory of one block. `turned`: 16-bit outputs are turned there, fp32 ones need not."""
     stage = (tile.nt + tile.mt) * BLOCK + 16
     if tile.waves:
-        return tile.stages * (stage + 4 * (tile.mt + 4)) + turned * tile.mt * 256
+        return tile.stages * stage + turned * tile.mt * 256
     return tile.stages * (stage + 4 * tile.mt) + turned * (tile.split == 1) * tile.nt * tile.mt * 2
 
 
@@ -97,12 +97,12 @@ def _few_rows(rows: int, n: int, blocks_k: int, groups: int) -> list[Tile]:
     """What takes time is to read the weights, so the tile is as low as the rows allow, and k is
     split until every processor has some of them."""
     across = groups * -(-n // 64)
+    mt = next(t for t in (8, 16, 32, 64, 128) if rows <= t)
+    if mt == 128 and across <= PROCESSORS:
+        mt, across = 64, 2 * across  # the weights are read twice, but by twice as many blocks
     split = 1
     while split < 8 and across * split * 2 <= 1.1 * PROCESSORS and blocks_k >= 4 * split:
         split *= 2
-    mt = next(t for t in (8, 16, 32, 64, 128) if rows <= t)
-    if mt == 128 and 0.8 * PROCESSORS <= across <= PROCESSORS:
-        mt = 64  # one round of tiles either way, and two blocks read at once
     many = (3, 1) if mt == 128 else (2, 2)
     shapes = [many, (1, 2)] if across > 2 * PROCESSORS else [(1, 2), many]
     found = [narrow(mt, wgs, split, blocks) for wgs, blocks in shapes]

@@ -9,13 +9,13 @@ from torch import Tensor
 
 from dsa_hal.autotune.space import Space
 from dsa_hal.backends.cuda import _nvrtc
-from dsa_hal.backends.cuda._dense import merge
+from dsa_hal.backends.cuda._dense import merge, without_gaps
 
 NEEDS = _nvrtc.NEEDS
 PROCESSORS = 132
 """Multiprocessors of the H200: one block on each."""
 
-ROWS, KEYS, VALUES, STAGES, HELD = 64, 48, 512, 3, 4
+ROWS, KEYS, VALUES, STAGES, HELD = 64, 48, 512, 3, 5
 """As in the source: rows of a block, keys of a tile, columns of a value, tiles of keys in shared
 memory, pieces of 64 columns of Q that are in registers instead."""
 
@@ -63,8 +63,8 @@ def selected(
     lse = torch.empty(tokens, heads, device=q.device)
     if tokens:
         _launch(
-            q, kv, indices, topk_length, attn_sink, out, top, lse, None, stride=indices.stride(0),
-            k=k, splits=1, blocks=tokens * -(-heads // ROWS), scale=softmax_scale,
+            q, kv, indices, topk_length, attn_sink, out, top, lse, None, k=k, splits=1,
+            blocks=tokens * -(-heads // ROWS), scale=softmax_scale,
         )  # fmt: skip
     return out, top, lse
 
@@ -88,7 +88,7 @@ def ranged(
         part = torch.empty(splits, tokens, heads, VALUES, device=q.device)
         logs = torch.empty(splits, tokens, heads, device=q.device)
     _launch(
-        q, kv, ks, ke, None, out, None, logs, part, stride=0, k=0, splits=splits,
+        q, kv, ks, ke, None, out, None, logs, part, k=0, splits=splits,
         blocks=blocks * splits, scale=softmax_scale, ranges=True,
     )  # fmt: skip
     if part is not None:
@@ -98,10 +98,11 @@ def ranged(
 
 def _launch(
     q: Tensor, kv: Tensor, indices: Tensor, lengths: Tensor | None, sink: Tensor | None,
-    out: Tensor, top: Tensor | None, lse: Tensor, part: Tensor | None, *, stride: int, k: int,
-    splits: int, blocks: int, scale: float, ranges: bool = False,
+    out: Tensor, top: Tensor | None, lse: Tensor, part: Tensor | None, *, k: int, splits: int,
+    blocks: int, scale: float, ranges: bool = False,
 ) -> None:  # fmt: skip
-    q, kv = _aligned(q), _aligned(kv)
+    q, kv, indices = _aligned(q), _aligned(kv), without_gaps(indices)
+    lengths, sink = (None if t is None else without_gaps(t) for t in (lengths, sink))
     tokens, heads, dim = q.shape
     defines: tuple[tuple[str, int], ...] = (("WIDTH", dim),)
     if q.dtype == torch.float16:
@@ -113,7 +114,7 @@ def _launch(
         (
             q, kv, indices, *(0 if t is None else t for t in (lengths, sink)), out,
             *(0 if t is None else t for t in (top, lse, part)), q.stride(0), q.stride(1),
-            kv.stride(0), stride, tokens, heads, kv.shape[0], k, splits, scale,
+            kv.stride(0), indices.stride(0), tokens, heads, kv.shape[0], k, splits, scale,
         ),
         shared=shared_bytes(dim),
     )  # fmt: skip
@@ -127,6 +128,7 @@ def shared_bytes(dim: int) -> int:
 
 
 def _aligned(t: Tensor) -> Tensor:
-    """`t`, whose rows are copied 16 bytes at a time; a copy of it where they begin elsewhere."""
-    ragged = t.data_ptr() % 16 or any(s * t.element_size() % 16 for s in t.stride()[:-1])
+    """`t`, whose rows kernels copy 16 bytes at a time; a copy where these cannot be."""
+    t, size = without_gaps(t), t.element_size()
+    ragged = t.data_ptr() % 16 or any(s * size % 16 for s in t.stride()[:-1])
     return t.clone(memory_format=torch.contiguous_format) if ragged else t

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from dsa_hal.backends.cuda import _prefill
-from dsa_hal.backends.cuda._dense import attended, why_not
+from dsa_hal.backends.cuda._dense import attended, why_not, without_gaps
 from dsa_hal.ops.dense import dense_mla
 
 
@@ -21,6 +21,7 @@ def dense(
     q: Tensor, kv: Tensor, ks: Tensor, ke: Tensor, *, softmax_scale: float, dim_v: int = 512
 ) -> tuple[Tensor, Tensor]:
     """All heads share the keys; keys are split among programs where rows are few."""
+    kv = without_gaps(kv)  # its values are a part of it, and no copy of their own
     return attended(
         q, kv[:, None], kv[:, None, :dim_v], ks, ke, None, softmax_scale=softmax_scale, shared=True
     )

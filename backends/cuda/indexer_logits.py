@@ -25,15 +25,14 @@ ARGS = struct.Struct("<4Q 2q 3i 4x")
 
 @dataclass(frozen=True)
 class Config:
-    """Tiles that follow each other without a pause, and tiles under way."""
+    """Tiles of keys under way."""
 
-    run: int
     stages: int
 
 
 def legal(*, heads: int) -> Sequence[Config]:
-    """Runs up to a length where their code is still small, and stages that fit shared memory."""
-    return [Config(4, 8), Config(8, 8), Config(2, 8), Config(4, 11)]
+    """As many as fit shared memory, or fewer."""
+    return [Config(8), Config(11), Config(4)]
 
 
 SPACE = Space(name="indexer_logits/cuda", kind=Config, legal=legal)
@@ -102,13 +101,10 @@ def _launch(
     if not tokens or not context:
         return
     q, k = _readable(q), _readable(k)
-    k_scale, weights, ks, ke = (
-        t if t.stride(-1) == 1 else t.contiguous() for t in (k_scale, weights, ks, ke)
-    )
+    read = [t if t.stride(-1) == 1 else t.contiguous() for t in (k_scale, weights, ks, ke)]
     args = ARGS.pack(
-        k_scale.data_ptr(), weights.data_ptr(), ks.data_ptr(), ke.data_ptr(), weights.stride(0),
-        out.stride(0), tokens, context, clean,
-    )  # fmt: skip
+        *map(_nvrtc.address, read), read[1].stride(0), out.stride(0), tokens, context, clean
+    )
     config = SPACE.pick(heads=heads)
     queries = _nvrtc.tensor_map(q, (COLUMNS // heads, heads, DIM), swizzle=128)
     keys = _nvrtc.tensor_map(k.unsqueeze(0), (1, KEYS, DIM), swizzle=128)
@@ -123,13 +119,13 @@ def _launch(
 
 def defines(heads: int, config: Config) -> tuple[tuple[str, int], ...]:
     """The macros of `_kernels/indexer_logits.cu`."""
-    return ("HEADS", heads), ("RUN", config.run), ("STAGES", config.stages)
+    return ("HEADS", heads), ("STAGES", config.stages)
 
 
 def _readable(t: Tensor) -> Tensor:
     """`t`, or a copy where the copy engine could not read it: addresses and strides are multiples
     of 16 bytes there."""
-    ragged = t.stride(-1) != 1 or t.data_ptr() % 16 or any(s % 16 for s in t.stride()[:-1])
+    ragged = _nvrtc.address(t) % 16 or t.stride(-1) != 1 or any(s % 16 for s in t.stride()[:-1])
     return t.clone(memory_format=torch.contiguous_format) if ragged else t
 
 

@@ -36,7 +36,9 @@ class Config:
 def legal(*, columns: int) -> Sequence[Config]:
     """What registers and shared memory hold for so many query heads of a request."""
     if columns <= 128:
-        return [Config(3, 15), Config(3, 21), Config(2, 20), Config(2, 16), Config(3, 9)]
+        both = [Config(3, 15), Config(2, 16)]
+        both = both if columns <= 64 else both[::-1]
+        return [*both, Config(3, 21), Config(3, 9)]
     return [Config(2, 12), Config(2, 8)]
 
 
@@ -116,22 +118,22 @@ def _launch(
     count, page_size = pages.shape[:2]
     form = KVLayout.parse(layout)
     keys = form.views(pages)[form.data[0].name]
-    if pages.data_ptr() % 16 or pages.stride(0) % 16:
+    if _nvrtc.address(pages) % 16 or pages.stride(0) % 16:
         # The copy engine cannot read such a pool, and a copy of it would cost more than the scores.
         portable.paged_into(out, q, pages, weights, context_lens, block_table, layout)
         return
     columns = next_n * heads
     q = q.flatten(1, 2)
-    if q.stride(-1) != 1 or q.data_ptr() % 16 or any(s % 16 for s in q.stride()[:-1]):
+    if _nvrtc.address(q) % 16 or q.stride(-1) != 1 or any(s % 16 for s in q.stride()[:-1]):
         q = q.clone(memory_format=torch.contiguous_format)
     weights, context_lens, block_table = (
         t if t.stride(-1) == 1 else t.contiguous() for t in (weights, context_lens, block_table)
     )
     config = SPACE.pick(columns=columns)
+    read = pages, weights, context_lens, block_table
     args = ARGS.pack(
-        pages.data_ptr(), weights.data_ptr(), context_lens.data_ptr(), block_table.data_ptr(),
-        pages.stride(0), weights.stride(0), out.stride(0), context_lens.stride(0),
-        block_table.stride(0), batch, context, count, clean,
+        *map(_nvrtc.address, read), pages.stride(0), weights.stride(0), out.stride(0),
+        context_lens.stride(0), block_table.stride(0), batch, context, count, clean,
     )  # fmt: skip
     _nvrtc.module("indexer_logits_paged.cu", defines(heads, next_n, page_size, config)).launch(
         "scores",

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from dsa_hal.backends.cuda import _prefill
+from dsa_hal.backends.cuda._dense import power_of_two, without_gaps
 from dsa_hal.backends.cuda._limits import LIMITS
 from dsa_hal.backends.portable.sparse_mla import forward
 from dsa_hal.ops.attention import sparse_mla
@@ -49,6 +50,9 @@ def tiled(
     from dsa_hal.backends.portable._kernels import sparse_mla as kernels
 
     (tokens, heads, dim), k = q.shape, indices.shape[1]
+    q, kv, indices = without_gaps(q), without_gaps(kv), without_gaps(indices)
+    lengths = None if topk_length is None else without_gaps(topk_length)
+    sink = None if attn_sink is None else without_gaps(attn_sink)
     out = torch.empty(tokens, heads, dim_v, dtype=q.dtype, device=q.device)
     top = torch.empty(tokens, heads, device=q.device)
     lse = torch.empty(tokens, heads, device=q.device)
@@ -57,11 +61,11 @@ def tiled(
     large = dim_v > 128
     block = 16 if heads <= 16 else 32 if heads <= 32 else 64
     kernels.attend[(-(-heads // block), tokens)](
-        q, kv, indices, topk_length, attn_sink, out, top, lse,
+        q, kv, indices, lengths, sink, out, top, lse,
         q.stride(0), q.stride(1), kv.stride(0), indices.stride(0), kv.shape[0], heads, k,
         softmax_scale, WIDTH=dim, VALUES=dim_v, VALUE_BLOCK=power_of_two(dim_v),
-        REST_BLOCK=power_of_two(dim - dim_v), HAS_LENGTHS=topk_length is not None,
-        HAS_SINK=attn_sink is not None, HEADS_BLOCK=block, KEYS_BLOCK=32 if large else 64,
+        REST_BLOCK=power_of_two(dim - dim_v), HAS_LENGTHS=lengths is not None,
+        HAS_SINK=sink is not None, HEADS_BLOCK=block, KEYS_BLOCK=32 if large else 64,
         num_warps=8 if large and block == 64 else 4, num_stages=2,
     )  # fmt: skip
     return out, top, lse
@@ -87,11 +91,6 @@ def staged(
     return _prefill.selected(
         q, kv, indices, softmax_scale=softmax_scale, attn_sink=attn_sink, topk_length=topk_length
     )
-
-
-def power_of_two(columns: int) -> int:
-    """The least width of a tile, a power of two, that holds so many columns."""
-    return max(16, 1 << (columns - 1).bit_length())
 
 
 from dsa_hal.backends.cuda._adapters import flashmla  # noqa: E402, F401

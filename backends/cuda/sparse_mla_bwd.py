@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from dsa_hal.autotune.space import Space
+from dsa_hal.backends.cuda._dense import power_of_two, without_gaps
 from dsa_hal.backends.cuda._limits import LIMITS, REPEATING
-from dsa_hal.backends.cuda.sparse_mla import power_of_two
 from dsa_hal.backends.portable.sparse_mla import backward
 from dsa_hal.ops.training import sparse_mla_bwd
 
@@ -27,9 +27,8 @@ def _legal(*, rows: int, width: int) -> list[Config]:
     """For programs of so many heads with so many columns of a value."""
     if width <= 128:
         return [Config(32, 4, 1)]
-    if rows <= 16:  # the rest of shared memory holds two tiles of keys
-        return [Config(32, 8, 2), Config(32, 8, 1), Config(16, 8, 1)]
-    return [Config(32, 8, 1), Config(16, 8, 1)]
+    found = [Config(32, 8, 1), Config(16, 8, 1)]
+    return [*found, Config(32, 8, 2)] if rows <= 16 else found  # two tiles of keys, if they fit
 
 
 SPACE = Space("sparse_mla_bwd/triton", Config, _legal)
@@ -60,6 +59,8 @@ def tiled(
     from dsa_hal.backends.portable._kernels import sparse_mla as kernels
 
     (tokens, heads, dim), k = q.shape, indices.shape[1]
+    q, kv, indices, out, lse, dout = (without_gaps(t) for t in (q, kv, indices, out, lse, dout))
+    lengths = None if topk_length is None else without_gaps(topk_length)
     dq = torch.empty(tokens, heads, dim, dtype=q.dtype, device=q.device)
     dkv = torch.zeros(kv.shape, device=q.device)
     if tokens == 0:
@@ -67,11 +68,11 @@ def tiled(
     block = 16 if heads <= 16 else 32 if heads <= 32 else 64
     config = SPACE.pick(rows=block, width=dim_v)
     kernels.differentiate[(-(-heads // block), tokens)](
-        q, kv, indices, topk_length, out, lse, dout, dq, dkv,
+        q, kv, indices, lengths, out, lse, dout, dq, dkv,
         q.stride(0), q.stride(1), kv.stride(0), indices.stride(0), out.stride(0), out.stride(1),
         lse.stride(0), dout.stride(0), dout.stride(1), kv.shape[0], heads, k, softmax_scale,
         WIDTH=dim, VALUES=dim_v, VALUE_BLOCK=power_of_two(dim_v),
-        REST_BLOCK=power_of_two(dim - dim_v), HAS_LENGTHS=topk_length is not None,
+        REST_BLOCK=power_of_two(dim - dim_v), HAS_LENGTHS=lengths is not None,
         HEADS_BLOCK=block, KEYS_BLOCK=config.keys, num_warps=config.warps,
         num_stages=config.stages,
     )  # fmt: skip

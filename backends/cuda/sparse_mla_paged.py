@@ -8,18 +8,23 @@ from torch import Tensor
 
 from dsa_hal.backends.cuda import _nvrtc
 from dsa_hal.backends.portable.sparse_paged import BLOCK, forward, join, splits_of
+from dsa_hal.errors import BadInput
 from dsa_hal.ops.attention import sparse_mla_paged
+from dsa_hal.ops.layout import KVLayout
 
 PROMISES = ("deterministic", "lse=natural")
 LAYOUT = "latent_fp8/512+64"
 LOG2E = 1.4426950408889634
 ALONE, PLANNED, JOINED = range(3)
-"""The kernel's modes: a row in one piece, pieces as a schedule says, or pieces that the blocks of a
-cluster join among themselves."""
+"""The kernel's modes: a row in one piece or in several of a size; in pieces as a schedule says; in
+pieces that the blocks of a cluster join among themselves."""
 
 THREADS = 512
-CLUSTER = 8
-"""Blocks that a cluster can have everywhere."""
+PIECES = 16
+"""More of a row cost more to join than they save."""
+
+CLUSTER = 2
+"""Pieces up to which a cluster joins faster than a second kernel does (H200); it can join 8."""
 
 
 @cache
@@ -77,7 +82,7 @@ def quotient(divisor: int) -> tuple[int, int]:
 
 
 @sparse_mla_paged.impl(
-    "cuda", "cuda", contract=1, arch=("sm90",), needs=("triton>=3.6", *_nvrtc.NEEDS), rank=-1,
+    "cuda", "cuda", contract=1, arch=("sm90",), needs=("triton>=3.6", *_nvrtc.NEEDS), rank=2,
     promises=PROMISES, why_not=_why_not,
 )  # fmt: skip
 def hopper(
@@ -86,6 +91,8 @@ def hopper(
     schedule: Tensor | None = None, num_splits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """FP8 records, decoded in registers on their way into the tensor cores."""
+    if (reason := KVLayout.parse(layout).why_not(pages)) is not None:
+        raise BadInput(f"sparse_mla_paged: {reason}")
     if not aligned(pages):  # records are read in pieces of 16 bytes
         return portable(
             q, pages, indices, layout=layout, softmax_scale=softmax_scale, dim_v=dim_v,
@@ -101,29 +108,26 @@ def hopper(
     tile = 64 if heads > 32 else 32 if heads > 16 else 16
     head_blocks, blocks = -(-heads // tile), -(-k // BLOCK)
     if schedule is None or num_splits is None:
-        most = min(blocks, CLUSTER)
+        most = min(blocks, PIECES)
         splits = splits_of(rows * head_blocks, blocks, processors(device.index), most)
-        mode = ALONE if splits == 1 else JOINED
+        mode = JOINED if 1 < splits <= CLUSTER else ALONE
         span, pieces, grid = -(-blocks // splits), rows * splits, (rows * head_blocks, splits)
     else:
         schedule, num_splits = schedule.contiguous(), num_splits.contiguous()
         mode, workers = PLANNED, schedule.shape[0]
         splits, span, pieces, grid = workers, 0, rows + workers, (workers * head_blocks, 1)
     part = part_lse = lse
-    if mode == PLANNED:
+    if splits > 1 and mode != JOINED:
         part = torch.empty(pieces, heads, dim_v, dtype=torch.float32, device=device)
         part_lse = torch.empty(pieces, heads, dtype=torch.float32, device=device)
     sink = None if attn_sink is None else attn_sink.contiguous()
-
-    def at(t: Tensor | None) -> int:
-        return 0 if t is None else t.data_ptr()
-
+    at = _nvrtc.address
     lengths = (0, 0) if topk_length is None else topk_length.stride()
     work = struct.pack(
-        "<Q3qQqQ3qQ2q7Qf8iIi4x", q.data_ptr(), *q.stride()[:3], pages.data_ptr(), pages.stride(0),
-        indices.data_ptr(), *indices.stride(), at(topk_length), *lengths, at(sink), at(out),
+        "<Q3qQqQ3qQ2q7Qf8iIi4x", at(q), *q.stride()[:3], at(pages), pages.stride(0),
+        at(indices), *indices.stride(), at(topk_length), *lengths, at(sink), at(out),
         at(lse), at(part), at(part_lse), at(schedule), at(num_splits), softmax_scale * LOG2E, rows,
-        next_n, heads, k, page_size, pages.shape[0] * page_size, span, splits,
+        next_n, heads, k, page_size, min(pages.shape[0] * page_size, 2**31 - 1), span, splits,
         *quotient(page_size),
     )  # fmt: skip
     module = _nvrtc.module("sparse_decode.cu", (("HEADS", tile), ("MODE", mode)))
@@ -131,8 +135,8 @@ def hopper(
     module.kernel("sparse_decode", device.index).launch(
         grid, (THREADS,), (work,), shared_bytes(tile), cluster
     )
-    if mode == PLANNED:
-        join(part, part_lse, num_splits, attn_sink, out, lse, 0)
+    if splits > 1 and mode != JOINED:
+        join(part, part_lse, num_splits, sink, out, lse, splits)
     return out, lse
 
 

@@ -49,8 +49,12 @@ def legal(*, rows: int, n: int, k: int, processors: int) -> list[Config]:
         if 2 * best * rows > processors * (4 if best == 1 else 3) // 4:
             break
         best *= 2
-    alone = [Config(c, threads=512, per=8, resident=1) for c in (1, 2, 4, 8)]
-    shared = [Config(c) for c in (1, 2, 4, 8)]
+    short = k <= 2048  # a list of which four fit on a processor, beside a tile of any size
+    alone = [
+        Config(c, threads=512, per=16 if short and n > c * 4096 else 8, resident=1)
+        for c in (1, 2, 4, 8)
+    ]
+    shared = [Config(c, resident=4 if short and n <= 8192 else 3) for c in (1, 2, 4, 8)]
     first = (alone if best * rows <= processors else shared)[best.bit_length() - 1]
     return [first, *(c for c in (*alone, *shared) if c != first)]
 
@@ -66,7 +70,8 @@ def run(logits: Tensor, k: int, starts: Tensor | None, ends: Tensor | None, out:
     if logits.stride(1) != 1 and n > 1:
         logits = logits.contiguous()  # vectors of 16 bytes are read
     count = processors(logits.device.index)
-    config = SPACE.pick(rows=min(rows, count + 1), n=1 << n.bit_length(), k=k, processors=count)
+    power = 1 << (n - 1).bit_length()  # not below n; alike calls share a plan
+    config = SPACE.pick(rows=min(rows, count + 1), n=power, k=k, processors=count)
     shared = config.shared(k)
     defines = (
         ("THREADS", config.threads), ("PER", config.per), ("RESIDENT", config.resident),

@@ -20,6 +20,9 @@ LANES = 32
 WIDEST = 32768
 """Elements of one row that a program can hold."""
 
+FLOATS = (torch.bfloat16, torch.float16, torch.float32)
+"""Dtypes that programs read and write as values."""
+
 
 @dataclass(frozen=True)
 class RowTile:
@@ -46,10 +49,10 @@ def _fitting(guess: RowTile, width: int, least: int, most: int) -> list[RowTile]
     return list(dict.fromkeys(found))
 
 
-def _height(rows: int, width: int, least: int, elements: int) -> int:
-    """Rows for a program of `elements`, fewer while there would be few programs."""
+def _height(rows: int, width: int, least: int, elements: int, spread: int) -> int:
+    """Rows for a program of `elements`, fewer while there would be less than `spread` programs."""
     best = least
-    while 2 * best * width <= elements and rows >= SPREAD * 2 * best:
+    while 2 * best * width <= elements and rows >= spread * 2 * best:
         best *= 2
     return best
 
@@ -57,15 +60,15 @@ def _height(rows: int, width: int, least: int, elements: int) -> int:
 def tiles(*, rows: int, width: int) -> list[RowTile]:
     """For rows of `width` elements (a power of two) that need nothing of each other. Narrow rows
     are taken 16 at a time, wide ones up to four; a warp has 512 elements, or more of wide rows."""
-    best = _height(rows, width, 1, max(min(16 * width, 4096), min(4 * width, 16384)))
+    best = _height(rows, width, 1, max(min(16 * width, 4096), min(4 * width, 16384)), SPREAD)
     warps = min(16, max(1, best * width // 512), max(4, width // 1024))
     return _fitting(RowTile(best, warps), width, 1, 64)
 
 
 def products(*, rows: int, width: int) -> list[RowTile]:
     """For rows that go through a matrix unit, which takes 16 at least, and 64 with four warps at
-    its best."""
-    return _fitting(RowTile(_height(rows, width, 16, 8192), 4), width, 16, 128)
+    its best. Each program makes the other operand first, so they are spread less."""
+    return _fitting(RowTile(_height(rows, width, 16, 8192, SPREAD // 8), 4), width, 16, 128)
 
 
 SPACES = {
@@ -101,6 +104,3 @@ def too_wide(width: int, what: str) -> str | None:
     if width <= WIDEST:
         return None
     return f"{what} is {width} wide; it takes up to {WIDEST}"
-
-
-FLOATS = (torch.bfloat16, torch.float16, torch.float32)

@@ -97,10 +97,10 @@ def forward(
     latent, rope = (views[p.name] for p in form.data)
     scale = views.get(SCALE, latent)
     lengths = indices if topk_length is None else topk_length
-    sink = lse if attn_sink is None else attn_sink.contiguous()
+    sink = None if attn_sink is None else attn_sink.contiguous()
     attend[grid](
-        q, latent, scale, rope, indices, lengths, sink, out, lse, part, part_lse,
-        lse if schedule is None else schedule, lse if num_splits is None else num_splits,
+        q, latent, scale, rope, indices, lengths, lse if sink is None else sink, out, lse, part,
+        part_lse, lse if schedule is None else schedule, lse if num_splits is None else num_splits,
         softmax_scale * LOG2E.value, rows, next_n, heads, k, page_size, pages.shape[0] * page_size,
         span, *q.stride()[:3], *latent.stride()[:2], *scale.stride()[:2], *rope.stride()[:2],
         *indices.stride(), *lengths.stride()[:2],
@@ -112,7 +112,7 @@ def forward(
         num_warps=config.warps, num_stages=1,
     )  # fmt: skip
     if splits > 1:
-        join(part, part_lse, num_splits, attn_sink, out, lse, 0 if schedule is not None else splits)
+        join(part, part_lse, num_splits, sink, out, lse, splits)
     return out, lse
 
 
@@ -121,7 +121,7 @@ def join(
     out: Tensor, lse: Tensor, splits: int,
 ) -> None:  # fmt: skip
     """Partial results [pieces, heads, dim_v] to `out` [batch, next_n, heads, dim_v] and `lse`:
-    `splits` for each row, or as `num_splits` says."""
+    as `num_splits` says, or, without it, `splits` for each row."""
     from dsa_hal.backends.portable._kernels.combine import combine
 
     batch, next_n, heads, dim_v = out.shape

@@ -1,1 +1,1 @@
-"""Kernels for NVIDIA Hopper: Gluon in .py, CUDA C++ in .cu; `backends/cuda/<op>.py` launches them."""
+"""CUDA C++ kernels for NVIDIA Hopper; `backends/cuda/<op>.py` launches them."""

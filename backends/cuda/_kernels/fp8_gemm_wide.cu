@@ -1,8 +1,8 @@
 // Products of many rows of FP8 activations with FP8 weights, both with block scales.
 //
 // A block computes 128 rows and WAVES times 128 columns, two warpgroups 64 rows each. Each 128 of k are
-// multiplied into registers of their own and added in fp32 with both scales. Two warps fill a ring of
-// stages: one with values by the copy engine, one with their scales.
+// multiplied into registers of their own and added in fp32 with both scales. A producer fills a ring of
+// stages with the copy engine; scales are read by those who need them, one block of k ahead.
 //
 // PAIR = 2: two blocks of a cluster take neighbouring rows, each copies half of the weights, to both.
 //
@@ -21,19 +21,16 @@ static_assert(AHEAD == 1 || WAVES == 1, "registers");
 constexpr int ROW_BYTES = MT * BLOCK;
 constexpr int WEIGHT_BYTES = NT * BLOCK;
 constexpr int STAGE_BYTES = ROW_BYTES + WEIGHT_BYTES;
-constexpr int SCALES_AT = STAGES * STAGE_BYTES;
-constexpr int SCALE_BYTES = (MT + 4) * 4;  // of the rows, then one for each wave
-constexpr int STORE_AT = SCALES_AT + STAGES * SCALE_BYTES;
+constexpr int STORE_AT = STAGES * STAGE_BYTES;
 
 #include "gemm_store.cuh"
 
 constexpr int BARRIERS_AT = STORE_AT + STORE_BYTES;
 constexpr int CONSUMERS = 256;
 
-// Calls `fill` with each tile, block of k, stage, and its barrier for what has come, once it is empty.
-template <typename Fill>
-__device__ __forceinline__ void produce(const Args& args, unsigned shared, int rank, int first,
-                                        int step, Fill fill) {
+__device__ __forceinline__ void produce(const Args& args, const TensorMap* weights,
+                                        const TensorMap* rows, unsigned shared, int rank, int first,
+                                        int step) {
     const int tiles = tile_count(args);
     int stage = 0, phase = 0;
     for (int at = first; at < tiles; at += step) {
@@ -41,53 +38,18 @@ __device__ __forceinline__ void produce(const Args& args, unsigned shared, int r
         if (tile.idle) continue;
         for (int block = 0; block < args.blocks; ++block) {
             const unsigned full = shared + BARRIERS_AT + stage * 16;
+            const unsigned to = shared + stage * STAGE_BYTES;
             barrier_wait(full + 8, phase ^ 1);
-            fill(tile, block, stage, full);
+            barrier_expect(full, STAGE_BYTES);
+            copy_box(to, rows, full, block * BLOCK, tile.row, MODE == 1 ? tile.group : 0);
+            if (PAIR == 1)
+                copy_box(to + ROW_BYTES, weights, full, block * BLOCK, tile.column, tile.group);
+            else
+                copy_box_to(to + ROW_BYTES + rank * (WEIGHT_BYTES / PAIR), weights, full, 3,
+                            block * BLOCK, tile.column + rank * (NT / PAIR), tile.group);
             if (++stage == STAGES) stage = 0, phase ^= 1;
         }
     }
-}
-
-__device__ __forceinline__ void produce_values(const Args& args, const TensorMap* weights,
-                                               const TensorMap* rows, unsigned shared, int rank,
-                                               int first, int step) {
-    produce(args, shared, rank, first, step,
-            [&](const Tile& tile, int block, int stage, unsigned full) {
-                const unsigned to = shared + stage * STAGE_BYTES;
-                barrier_expect(full, STAGE_BYTES);
-                copy_box(to, rows, full, block * BLOCK, tile.row, MODE == 1 ? tile.group : 0);
-                if (PAIR == 1)
-                    copy_box(to + ROW_BYTES, weights, full, block * BLOCK, tile.column, tile.group);
-                else
-                    copy_box_to(to + ROW_BYTES + rank * (WEIGHT_BYTES / PAIR), weights, full, 3,
-                                block * BLOCK, tile.column + rank * (NT / PAIR), tile.group);
-            });
-}
-
-// By a whole warp.
-__device__ __forceinline__ void produce_scales(const Args& args, unsigned shared, int rank,
-                                               int first, int step) {
-    const int lane = threadIdx.x % 32;
-    produce(args, shared, rank, first, step,
-            [&](const Tile& tile, int block, int stage, unsigned full) {
-                const unsigned to = shared + SCALES_AT + stage * SCALE_BYTES;
-                const float* rows = args.a_scale + tile.row * args.a_scale_row + block +
-                                    (MODE == 1 ? tile.group * args.a_scale_group : 0);
-#pragma unroll
-                for (int row = lane; row < MT; row += 32) {
-                    const bool inside = row < tile.rows;
-                    copy_word(to + row * 4, inside ? rows + row * args.a_scale_row : args.a_scale,
-                              inside);
-                }
-                if (lane < WAVES) {
-                    const int part = min(tile.column + lane * WIDTH, args.n - 1) / BLOCK;
-                    copy_word(to + (MT + lane) * 4,
-                              args.b_scale + tile.group * args.b_scale_group +
-                                  part * args.b_scale_row + block,
-                              true);
-                }
-                copy_words_arrive(full);
-            });
 }
 
 __device__ __forceinline__ void multiply(float (&part)[REGS], unsigned left, unsigned right) {
@@ -104,15 +66,32 @@ struct Scales {
     float upper, lower, weights[WAVES];
 };
 
-__device__ __forceinline__ Scales scales_at(unsigned from) {
-    Scales scales;
-    const unsigned row = from + (threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4) * 4;
-    scales.upper = load_shared(row), scales.lower = load_shared(row + 32);
+// Where a tile's scales lie, for one thread. Rows beyond the tile's are clamped: nothing of them is
+// stored.
+struct Scaling {
+    const float *upper, *lower, *weights[WAVES];
+
+    __device__ __forceinline__ Scaling(const Args& args, const Tile& tile) {
+        const int row = tile.row + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
+        const int last = max(0, tile.row + tile.rows - 1);
+        const float* rows = args.a_scale + (MODE == 1 ? tile.group * args.a_scale_group : 0);
+        upper = rows + min(row, last) * args.a_scale_row;
+        lower = rows + min(row + 8, last) * args.a_scale_row;
 #pragma unroll
-    for (int wave = 0; wave < WAVES; ++wave)
-        scales.weights[wave] = load_shared(from + (MT + wave) * 4);
-    return scales;
-}
+        for (int wave = 0; wave < WAVES; ++wave)
+            weights[wave] = args.b_scale + tile.group * args.b_scale_group +
+                            min(tile.column + wave * WIDTH, args.n - 1) / BLOCK * args.b_scale_row;
+    }
+
+    __device__ __forceinline__ Scales at(int block) const {
+        Scales scales;
+        scales.upper = load_early(upper + block), scales.lower = load_early(lower + block);
+#pragma unroll
+        for (int wave = 0; wave < WAVES; ++wave)
+            scales.weights[wave] = load_early(weights[wave] + block);
+        return scales;
+    }
+};
 
 __device__ __forceinline__ void add(float (&sum)[REGS], float (&part)[REGS], const Scales& scales,
                                     int wave) {
@@ -130,7 +109,6 @@ __device__ __forceinline__ void add(float (&sum)[REGS], float (&part)[REGS], con
 
 __device__ __forceinline__ void release(unsigned empty) {
     const int lane = threadIdx.x % 32;
-    __syncwarp();
     if (PAIR > 1 && lane < PAIR) barrier_arrive_at(empty, lane);
     if (PAIR == 1 && lane == 0) barrier_arrive(empty);
 }
@@ -140,11 +118,7 @@ __device__ __forceinline__ void consume(const Args& args, Out* out, unsigned sha
     const int group = threadIdx.x / 128;
     const int tiles = tile_count(args);
     int stage = 0, phase = 0;
-    // The next stage's scales, once it is full.
-    const auto enter = [&] {
-        barrier_wait(shared + BARRIERS_AT + stage * 16, phase);
-        return scales_at(shared + SCALES_AT + stage * SCALE_BYTES);
-    };
+    const auto enter = [&] { barrier_wait(shared + BARRIERS_AT + stage * 16, phase); };
     const auto start = [&](float (&part)[REGS], int wave) {
         const unsigned from = shared + stage * STAGE_BYTES;
         multiply(part, from + group * 64 * BLOCK, from + ROW_BYTES + wave * WIDTH * BLOCK);
@@ -161,11 +135,20 @@ __device__ __forceinline__ void consume(const Args& args, Out* out, unsigned sha
         if (!tile.idle) {
             const int last = args.blocks - 1;
             float parts[AHEAD][REGS];
+            const Scaling scaling(args, tile);
+            Scales next = scaling.at(0);
+            // Those of a block of k, and the next ones are asked for.
+            const auto scales = [&](int block) {
+                const Scales now = next;
+                next = scaling.at(min(block + 1, last));
+                return now;
+            };
             // No branch stands between a product's start and the wait for it: the compiler would
             // wait at once.
             if constexpr (AHEAD == 1) {
                 for (int block = 0; block <= last; ++block) {
-                    const Scales now = enter();
+                    const Scales now = scales(block);
+                    enter();
 #pragma unroll
                     for (int wave = 0; wave < WAVES; ++wave) {
                         start(parts[0], wave);
@@ -177,23 +160,24 @@ __device__ __forceinline__ void consume(const Args& args, Out* out, unsigned sha
             } else {
                 // Even blocks of k in the first part, odd ones in the second.
                 int block = 0;
-                Scales now = enter();
+                Scales now = scales(0);
+                enter();
                 start(parts[0], 0);
                 for (; block + 1 < last; block += 2) {
 #pragma unroll
                     for (int odd = 0; odd < 2; ++odd) {
                         const unsigned empty = leave();
-                        const Scales next = enter();
+                        enter();
                         start(parts[odd ^ 1], 0);
                         mma_wait<1>();
                         release(empty);
                         add(sum[0], parts[odd], now, 0);
-                        now = next;
+                        now = scales(block + odd + 1);
                     }
                 }
                 if (block < last) {
                     const unsigned empty = leave();
-                    const Scales next = enter();
+                    enter();
                     start(parts[1], 0);
                     mma_wait<1>();
                     release(empty);
@@ -223,7 +207,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
         copy_prepare(&weights);
         copy_prepare(&rows);
         for (int stage = 0; stage < STAGES; ++stage) {
-            barrier_init(shared + BARRIERS_AT + stage * 16, 1 + 32);
+            barrier_init(shared + BARRIERS_AT + stage * 16, 1);
             barrier_init(shared + BARRIERS_AT + stage * 16 + 8, CONSUMERS / 32 * PAIR);
         }
         barrier_init_done();
@@ -234,14 +218,11 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 128, 1)
         cluster_meet();
     const int first = blockIdx.x / PAIR, step = gridDim.x / PAIR, rank = blockIdx.x % PAIR;
     if (threadIdx.x < CONSUMERS) {
-        registers_take<224>();
+        registers_take<232>();
         consume(args, out, shared, rank, first, step);
     } else {
-        registers_give<56>();
-        if (threadIdx.x == CONSUMERS)
-            produce_values(args, &weights, &rows, shared, rank, first, step);
-        else if (threadIdx.x / 32 == CONSUMERS / 32 + 1)
-            produce_scales(args, shared, rank, first, step);
+        registers_give<40>();
+        if (threadIdx.x == CONSUMERS) produce(args, &weights, &rows, shared, rank, first, step);
     }
     if (PAIR > 1) {
         __syncwarp();

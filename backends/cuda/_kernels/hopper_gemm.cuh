@@ -157,12 +157,6 @@ __device__ __forceinline__ void store_matrices(unsigned to, unsigned a, unsigned
                  : "memory");
 }
 
-__device__ __forceinline__ float load_shared(unsigned from) {
-    float v;
-    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(from) : "memory");
-    return v;
-}
-
 __device__ __forceinline__ uint4 load_piece(unsigned from) {
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"

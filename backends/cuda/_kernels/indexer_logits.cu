@@ -6,7 +6,7 @@
 // of one half, the matrix unit makes those of the other. Three warps write -inf where no row of a block
 // has a range.
 //
-// Macros: HEADS (32 or 64), STAGES, RUN (tiles that follow each other without a pause).
+// Macros: HEADS (32 or 64), STAGES.
 
 #include "indexer_logits.cuh"
 
@@ -125,100 +125,75 @@ __device__ __forceinline__ void load_rows(Rows<HALF>& rows, const Args& args, fl
     }
 }
 
-// What a thread of a computing warpgroup holds.
-struct Consumer {
-    const Args& args;
-    const unsigned shared;
-    const bool leader = threadIdx.x % 32 == 0;
-    int stage = 0, phase = 0;
-    int key;                     // its own, of the tile that comes next
-    float scale;                 // of that key
-    unsigned full;               // barrier of that tile
-    unsigned long long columns;  // of its first half
-    Rows<HALF> rows[2];
-    float weights[2][HALF / 4], products[2][HALF / 2];
-
-    __device__ __forceinline__ Consumer(const Args& args, unsigned shared)
-        : args(args), shared(shared) {}
-
-    // Begins a half of the products of the tile that comes next.
-    __device__ __forceinline__ void begin(int half) {
-        if (half == 0) {
-            full = shared + BARRIERS_AT + stage * 16;
-            barrier_wait(full, phase);
-        }
-        multiply<HALF>(products[half], tile_descriptor(shared + KEYS_AT + stage * TILE_BYTES),
-                       columns + half * (HALF * DIM / 16));
-    }
-
-    __device__ __forceinline__ void finish(int half) {
-        mma_touch(products[half]);
-        float score[Columns<HALF>::SCORES];
-        sums<HALF>(score, products[half], weights[half]);
-        write(rows[half], score, scale, key);
-    }
-
-    // COUNT tiles. The matrix unit has work all the time, but for the end: the compiler cannot follow
-    // products that are under way around a loop.
-    template <int COUNT>
-    __device__ __forceinline__ void run() {
-        begin(0);
-        steps<COUNT>();
-    }
-
-    template <int LEFT>
-    __device__ __forceinline__ void steps() {
-        begin(1);
-        // A key beyond the context has any scale: it is not written.
-        const float next_scale = args.k_scale[min(key + KEYS, args.context - 1)];
-        mma_wait<1>();
-        finish(0);
-        const unsigned read = full;
-        if (++stage == STAGES) stage = 0, phase ^= 1;
-        if constexpr (LEFT > 1) {
-            begin(0);
-            mma_wait<1>();
-        } else {
-            mma_wait<0>();
-        }
-        if (leader) barrier_arrive(read + 8);
-        finish(1);
-        key += KEYS;
-        scale = next_scale;
-        if constexpr (LEFT > 1) steps<LEFT - 1>();
-    }
-};
-
 __device__ __forceinline__ void consume(const Args& args, float* out, unsigned shared, Stretch stretch) {
-    constexpr int QUERIES = Columns<HALF>::QUERIES;
+    constexpr int QUERIES = Columns<HALF>::QUERIES, NEXT = HALF * DIM / 16;
     const int group = threadIdx.x / 128;
-    Consumer own(args, shared);
-    int slot = 0, q_phase = 0;
+    const bool leader = threadIdx.x % 32 == 0;
+    int stage = 0, phase = 0, slot = 0, q_phase = 0;
     walk(args, stretch, [&](int block, int first, int last) {
+        float weights[2][HALF / 4], products[2][HALF / 2], score[Columns<HALF>::SCORES];
+        Rows<HALF> rows[2];
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const int row = block * ROWS + (group * 2 + half) * QUERIES;
-            load_weights<HALF>(own.weights[half], args.weights, args.weights_row, row, args.rows);
-            load_rows(own.rows[half], args, out, row);
+            load_weights<HALF>(weights[half], args.weights, args.weights_row, row, args.rows);
+            load_rows(rows[half], args, out, row);
         }
         const unsigned q_full = shared + BARRIERS_AT + (STAGES + slot) * 16;
-        own.columns = tile_descriptor(shared + slot * Q_BYTES + group * 2 * HALF * DIM);
-        own.key = first * KEYS + own_key();
-        own.scale = args.k_scale[min(own.key, args.context - 1)];
+        const auto columns = tile_descriptor(shared + slot * Q_BYTES + group * 2 * HALF * DIM);
         barrier_wait(q_full, q_phase);
         if (++slot == 2) slot = 0, q_phase ^= 1;
-        // The second warpgroup pauses while the first is in the middle of a run.
-        const int lead = first + group * (RUN / 2);
-        for (int tile = first; tile < last;) {
-            if (tile < lead || tile + RUN > last) {
-                own.run<1>();
-                ++tile;
+        int key = first * KEYS + own_key();
+        float scale = args.k_scale[min(key, args.context - 1)];
+        unsigned full = 0;
+        unsigned long long keys = 0;
+
+        // Begins the first half of the products of the tile that comes next.
+        const auto begin = [&]() {
+            full = shared + BARRIERS_AT + stage * 16;
+            keys = tile_descriptor(shared + KEYS_AT + stage * TILE_BYTES);
+            barrier_wait(full, phase);
+            multiply<HALF>(products[0], keys, columns);
+        };
+        const auto finish = [&](int half) {
+            mma_touch(products[half]);
+            sums<HALF>(score, products[half], weights[half]);
+            write(rows[half], score, scale, key);
+        };
+        // The rest of a tile, and the beginning of the next if that follows without a pause.
+        const auto rest = [&](bool go_on) {
+            multiply<HALF>(products[1], keys, columns + NEXT);
+            // A key beyond the context has any scale: it is not written.
+            const float next_scale = args.k_scale[min(key + KEYS, args.context - 1)];
+            mma_wait<1>();
+            finish(0);
+            const unsigned read = full;
+            if (++stage == STAGES) stage = 0, phase ^= 1;
+            if (go_on) {
+                begin();
+                mma_wait<1>();
             } else {
-                own.run<RUN>();
-                tile += RUN;
+                mma_wait<0>();
             }
+            if (leader) barrier_arrive(read + 8);
+            finish(1);
+            key += KEYS;
+            scale = next_scale;
+        };
+        // Runs of four tiles: the compiler cannot follow products that are under way around a loop.
+        int tile = first;
+        for (; tile + 4 <= last; tile += 4) {
+            begin();
+            rest(true);
+            rest(true);
+            rest(true);
+            rest(false);
         }
-        if (own.leader) barrier_arrive(q_full + 8);
+        for (; tile < last; ++tile) {
+            begin();
+            rest(false);
+        }
+        if (leader) barrier_arrive(q_full + 8);
     });
 }
 

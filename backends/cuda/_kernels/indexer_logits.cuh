@@ -41,8 +41,8 @@ __device__ __forceinline__ void load_weights(float (&own)[N / 4], const float* w
 }
 
 // score[i] = sum over heads of ReLU(products) * weight, of query 2 i + threadIdx % 2 (of query 2 i if
-// that is the last) and key `own_key()`. A maximum takes as long as two additions, but on arithmetic
-// of its own beside that of the multiplications: x + |x| times half the weight is no faster.
+// that is the last) and key `own_key()`. ReLU(x) is a maximum for one of the two keys and half of x + |x|
+// for the other: these take different arithmetic, which then works side by side. Both are exact.
 template <int N>
 __device__ __forceinline__ void sums(float (&score)[Columns<N>::SCORES],
                                      const float (&products)[N / 2], const float (&own)[N / 4]) {
@@ -57,10 +57,11 @@ __device__ __forceinline__ void sums(float (&score)[Columns<N>::SCORES],
 #pragma unroll
             for (int c = 0; c < 2; ++c) {
                 const float low = products[4 * j + c], up = products[4 * j + 2 + c];
-                low_key = fmaf(fmaxf(low, 0.0f), own[2 * j + c], low_key);
+                low_key = fmaf(low + fabsf(low), own[2 * j + c], low_key);
                 high_key = fmaf(fmaxf(up, 0.0f), own[2 * j + c], high_key);
             }
         }
+        low_key *= 0.5f;
         kept[query] = (high ? high_key : low_key) +
                       __shfl_xor_sync(~0u, high ? low_key : high_key, 2);
     }

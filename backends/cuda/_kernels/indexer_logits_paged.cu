@@ -72,6 +72,17 @@ __device__ __forceinline__ void copy_bytes(unsigned to, const void* from, int by
         : "memory");
 }
 
+// One box of keys, which are read once: they leave L2 before anything else does.
+__device__ __forceinline__ void copy_keys(unsigned to, const TensorMap* from, unsigned barrier,
+                                          int inside, int page) {
+    constexpr unsigned long long EVICT_FIRST = 0x12F0000000000000ull;
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        ".L2::cache_hint [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(to),
+        "l"(from), "r"(barrier), "r"(0), "r"(inside), "r"(page), "l"(EVICT_FIRST)
+        : "memory");
+}
+
 __device__ __forceinline__ void produce(const Args& args, const TensorMap* queries,
                                         const TensorMap* keys, unsigned shared, Stretch stretch) {
     const int lane = threadIdx.x % 32;
@@ -108,7 +119,7 @@ __device__ __forceinline__ void produce(const Args& args, const TensorMap* queri
                 const int page = __shfl_sync(~0u, pages, ahead);
                 const int inside = PAGE > KEYS ? box * BOX % PAGE : 0;
                 if (lane == 0 && box < boxes) {
-                    copy_box(keys_to + part * BOX * DIM, keys, full, 0, inside, page);
+                    copy_keys(keys_to + part * BOX * DIM, keys, full, inside, page);
                     copy_bytes(scales_to + part * BOX * 4,
                                args.pages + page * args.page + PAGE * DIM + inside * 4, BOX * 4,
                                full);

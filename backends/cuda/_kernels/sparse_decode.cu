@@ -1,23 +1,23 @@
-// Attention of few queries over selected FP8 records of 656 bytes (512 e4m3, 4 fp32 scales, 64 bf16),
-// for HEADS heads (16, 32 or 64) per block of four warpgroups.
+// Attention of few queries over selected FP8 records of 656 bytes (512 e4m3, 4 fp32 scales, 64
+// bf16), for HEADS heads (16, 32 or 64) per block of four warpgroups.
 //
-// The last gathers records, decodes them and stores them as keys, of which values are a part. The first
-// makes scores transposed, keys x heads, so that any number of heads is a product's width and not its
-// padded height, and turns them into weights. The two between hold half of the result's columns each
-// and add weights x values.
+// The last gathers records, decodes them and stores them as keys, of which values are a part. The
+// first makes scores transposed, keys x heads, so that any number of heads is a product's width and
+// not its padded height, and turns them into weights. The two between hold half of the result's
+// columns each and add weights x values.
 //
-// Weights are powers of two above a head's reference, which follows the largest score only when that
-// has outgrown it by 2^SLACK: fp32 and bf16 have the room, and sums seldom have to be rescaled.
+// Weights are powers of two above a head's reference, which follows the largest score only when
+// that has outgrown it by 2^SLACK: fp32 and bf16 have the room, and sums are seldom rescaled.
 //
-// In each four neighbouring columns of queries, keys and values the middle ones are swapped, as a word
-// of four codes decodes into (0, 2) and (1, 3); results are swapped back when they are written.
+// In each four neighbouring columns of queries, keys and values the middle ones are swapped, as a
+// word of four codes decodes into (0, 2) and (1, 3); results are swapped back where written.
 
 #include "sparse_decode.cuh"
 
 constexpr int THREADS = 512;
 enum { GROUP = 1, QUERIES, SUMS, WEIGHTS };  // barriers of threads: the first group's, and all
 
-// -- fourth warpgroup: keys ------------------------------------------------------------------------
+// -- fourth warpgroup: keys -----------------------------------------------------------------------
 
 __device__ __forceinline__ const unsigned char* key_record(const Work& w, const Item& item,
                                                            int block, int key) {
@@ -27,7 +27,8 @@ __device__ __forceinline__ const unsigned char* key_record(const Work& w, const 
 }
 
 // One key's share of a thread: 16 columns of each 64.
-__device__ __forceinline__ void bring_key(const unsigned char* at, unsigned to, int quad, int swap) {
+__device__ __forceinline__ void bring_key(const unsigned char* at, unsigned to, int quad,
+                                          int swap) {
     uint4 scale = make_uint4(0, 0, 0, 0), rope[2], latent[CHUNKS];
     if (at) scale = load16(at + LATENT);
 #pragma unroll
@@ -59,7 +60,7 @@ __device__ __forceinline__ void bring_key(const unsigned char* at, unsigned to, 
     store16(to + high, rope[1].x, rope[1].y, rope[1].z, rope[1].w);
 }
 
-// Keys are asked for from L2 three blocks before they are needed, and looked up one block before that.
+// A key is looked up two blocks, and its record brought to L2 one block, before it is needed.
 __device__ __forceinline__ void bring_keys(const Work& w, const Item& item, Shared& s, int& stage,
                                            unsigned& phase) {
     const int tid = threadIdx.x % 128, lane = tid % 32, group = lane / 4, quad = lane % 4;
@@ -91,7 +92,7 @@ __device__ __forceinline__ void bring_keys(const Work& w, const Item& item, Shar
     }
 }
 
-// -- first warpgroup: scores, weights --------------------------------------------------------------
+// -- first warpgroup: scores, weights -------------------------------------------------------------
 
 // Moves references up to the largest exponents, which become 0, and says by which factors earlier
 // sums shrink. `fresh` as long as no key was seen; then references also move down.
@@ -165,7 +166,8 @@ __device__ __forceinline__ void finish_sums(const Work& w, const Item& item, Sha
 
 __device__ __forceinline__ void make_scores(const Work& w, const Item& item, Shared& s, int& stage,
                                             unsigned& phase, unsigned& turn, int head0) {
-    const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32, group = lane / 4, quad = lane % 4;
+    const int tid = threadIdx.x, warp = tid / 32, lane = tid % 32;
+    const int group = lane / 4, quad = lane % 4;
     const int row0 = warp * 16 + group;  // this thread's keys are row0 and row0 + 8
     const int p_row = warp * 16 + lane / 8 % 2 * 8 + lane % 8;
     const unsigned q_at = address(s.q);
@@ -233,7 +235,7 @@ __device__ __forceinline__ void make_scores(const Work& w, const Item& item, Sha
     finish_sums(w, item, s, head0, sum);
 }
 
-// -- second and third warpgroup: queries in, results out -------------------------------------------
+// -- second and third warpgroup: queries in, results out ------------------------------------------
 
 __device__ __forceinline__ void load_queries(const Work& w, const Item& item, Shared& s,
                                              int head0) {
@@ -265,7 +267,8 @@ __device__ __forceinline__ void keep_sums(Shared& s, const float (&acc)[2][64],
 #pragma unroll
         for (int i = 0; i < 32; i++) {
             const unsigned chunk = (half * 64 + i * 2 + quad / 2) ^ (group * 2);
-            const float a = acc[i / 16][i % 16 * 4 + r * 2], b = acc[i / 16][i % 16 * 4 + r * 2 + 1];
+            const float a = acc[i / 16][i % 16 * 4 + r * 2];
+            const float b = acc[i / 16][i % 16 * 4 + r * 2 + 1];
             store8(address(s.keys) + row * 2048 + chunk * 16 + quad % 2 * 8,
                    a, b);
         }
@@ -281,9 +284,8 @@ __device__ __forceinline__ void write_results(const Work& w, const Item& item, c
         const int row = row0 + 8 * r, head = head0 + row;
         const bool real = row < HEADS && head < w.heads;
         const float share = real ? s.share[row] : 0;
-        const long long to =
-            (static_cast<long long>(item.direct ? item.row : item.piece) * w.heads + head) * LATENT +
-            half * 256 + quad * 2;
+        const long long place = item.direct ? item.row : item.piece;
+        const long long to = (place * w.heads + head) * LATENT + half * 256 + quad * 2;
 #pragma unroll
         for (int i = 0; i < 32; i++) {
             float a = acc[i / 16][i % 16 * 4 + r * 2] * share;
@@ -347,7 +349,7 @@ __device__ __forceinline__ void add_values(const Work& w, const Item& item, Shar
         write_results(w, item, s, acc, half, row0, head0);
 }
 
-// -- both: the pieces of a row, one in each block of a cluster, become its result --------------------
+// -- both: the pieces of a row, one in each block of a cluster, become its result -----------------
 
 __device__ __forceinline__ void join(const Work& w, const Item& item, Shared& s, int head0) {
     const int tid = threadIdx.x, pieces = w.splits, rank = blockIdx.y;
@@ -424,8 +426,8 @@ __device__ __forceinline__ void run_last(const Work& w, const Item& item, Shared
     if (MODE == JOINED) join(w, item, s, head0);
 }
 
-// Grid [rows * head blocks, pieces], or, PLANNED, [workers * head blocks]: blocks that share keys run
-// side by side.
+// Grid [rows * head blocks, pieces], or, PLANNED, [workers * head blocks]: blocks that share keys
+// run side by side.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     sparse_decode(const __grid_constant__ Work w) {
     extern __shared__ unsigned char memory[];

@@ -1,5 +1,5 @@
-// What decoding over selected FP8 records is made of: what a call says, what a block keeps in shared
-// memory, how codes become factors, and the two products.
+// What decoding over selected FP8 records is made of: what a call says, what a block keeps in
+// shared memory, how codes become factors, and the two products.
 
 #pragma once
 
@@ -16,8 +16,8 @@ typedef unsigned long long u64;
 
 #define INFINITE __int_as_float(0x7f800000)
 
-// How a row's keys are shared out: not at all; among workers, as a schedule says; among the blocks of
-// a cluster, which join what they found themselves.
+// How a row's keys are shared out: evenly, for another kernel to join where there are several
+// pieces; among workers, as a schedule says; among the blocks of a cluster, which join themselves.
 enum { ALONE, PLANNED, JOINED };
 
 constexpr int KEYS = 64, LATENT = 512, DIM = 576, ROPE_AT = 528, RECORD = 656;
@@ -55,8 +55,8 @@ struct Item {
     bool direct;
 };
 
-// Tiles have rows of 128 bytes, swizzled. Weights and keys lie key by key, the keys' columns in parts
-// of 64; the first eight parts are the values too.
+// Tiles have rows of 128 bytes, swizzled. Weights and keys lie key by key, the keys' columns in
+// parts of 64; the first eight parts are the values too.
 struct Shared {
     unsigned char q[CHUNKS + 1][HEADS * 128];
     unsigned char keys[STAGES][CHUNKS + 1][KEYS * 128];
@@ -98,7 +98,7 @@ __device__ __forceinline__ const unsigned char* record_of(const Work& w, const i
     return w.pages + page * w.page_bytes + token * RECORD;
 }
 
-// -- memory and barriers ---------------------------------------------------------------------------
+// -- memory and barriers --------------------------------------------------------------------------
 
 // Whether any thread of the first warpgroup says so.
 __device__ __forceinline__ bool any_of(bool mine) {
@@ -153,7 +153,7 @@ __device__ __forceinline__ float cluster_float(unsigned shared, int rank) {
     return v;
 }
 
-// -- arithmetic --------------------------------------------------------------------------------------
+// -- arithmetic -----------------------------------------------------------------------------------
 
 __device__ __forceinline__ float exp2_fast(float x) {
     float y;
@@ -173,15 +173,16 @@ __device__ __forceinline__ unsigned times(unsigned a, unsigned b) {
     return c;
 }
 
-// Four e4m3 codes to bf16 pairs (0, 2) and (1, 3). A code's bits, moved to where bf16 has exponent and
-// fraction, are its value times 2^-120, subnormal or not; `scale` holds what makes up for that.
+// Four e4m3 codes to bf16 pairs (0, 2) and (1, 3). A code's bits, moved to where bf16 has exponent
+// and fraction, are its value times 2^-120, subnormal or not; `scale` holds what makes up for that,
+// and so stays below 2^8. The code of NaN becomes 480.
 __device__ __forceinline__ void decode(unsigned codes, unsigned scale, unsigned& even,
                                        unsigned& odd) {
     even = times(((codes << 4) & 0x07f007f0u) | ((codes << 8) & 0x80008000u), scale);
     odd = times(((codes >> 4) & 0x07f007f0u) | (codes & 0x80008000u), scale);
 }
 
-// -- products ----------------------------------------------------------------------------------------
+// -- products -------------------------------------------------------------------------------------
 
 // Of a tile of rows of 128 bytes: `leading` bytes lie between parts of 64 columns that fill a row,
 // `stride` bytes between groups of eight rows.

@@ -1,25 +1,30 @@
-// Attention of 64 heads of one query over selected keys, on Hopper. A persistent block has four
-// warpgroups with one task each, which hand tiles of 48 keys on through shared memory:
-//   gather   copies the heads' queries and the selected rows of kv, three tiles ahead
-//   score    S = Q K^T, the softmax, and P = its numerators as 16-bit numbers; four ninths of Q stay
-//            in registers, which saves shared memory and its bandwidth
+// Attention of 64 rows (queries and heads) over keys that they share, on Hopper. A persistent block
+// has four warpgroups with one task each, which hand tiles of 48 keys on through shared memory:
+//   gather   copies the rows' queries and the keys, up to three tiles ahead
+//   score    S = Q K^T, the softmax, and P = its numerators as 16-bit numbers. Five ninths of Q stay
+//            in registers, which saves shared memory and its bandwidth.
 //   mix (2)  O += P V, each for half of the 512 value columns, and the result
+// The tensor cores take turns: P V of one tile while the softmax of the next one is computed, then
+// Q K^T of the one after it. So P is handed on late, when most of the next Q K^T has been begun.
 // The numerators' base follows the largest score only when that is 2^8 above it, so that O is seldom
-// rescaled. WIDTH (columns of a key, 512 or 576) and HALF (fp16 instead of bf16) are macros.
+// rescaled. WIDTH (columns of a key, 512 or 576), HALF (fp16 instead of bf16) and RANGES (which keys:
+// see Work) are macros.
 #include "sparse_prefill_work.cuh"
 
-constexpr int STAGES = 3;
-constexpr int PIECES = WIDTH / 64, HELD = 4;  // pieces of 64 columns; of Q, those in registers
+constexpr int STAGES = 3, PUBLISHED = 28;  // PUBLISHED: of 36 products, see `products`
+constexpr int PIECES = WIDTH / 64, HELD = 5;  // pieces of 64 columns; of Q, those in registers
 constexpr unsigned K_PIECE = KEYS * 128, Q_PIECE = ROWS * 128;
 constexpr unsigned K_AT = 0, K_TILE = PIECES * K_PIECE;
 constexpr unsigned Q_AT = K_AT + STAGES * K_TILE;
 constexpr unsigned P_AT = Q_AT + (PIECES - HELD) * Q_PIECE, P_TILE = ROWS * 128;
-constexpr unsigned KEPT_AT = P_AT + 2 * P_TILE;       // float [2, 64]: what old sums are scaled by
-constexpr unsigned RAISED_AT = KEPT_AT + 2 * 64 * 4;  // int [2, 4]: whether a warp's rows are scaled
-constexpr unsigned FACTOR_AT = RAISED_AT + 2 * 4 * 4; // float [64]: what the result is scaled by
-constexpr unsigned BARRIERS_AT = FACTOR_AT + 64 * 4;
-constexpr unsigned K_FULL = BARRIERS_AT, K_FREE = K_FULL + 8 * STAGES, P_FULL = K_FREE + 8 * STAGES,
-                   P_FREE = P_FULL + 16, Q_FULL = P_FREE + 16, Q_FREE = Q_FULL + 8,
+constexpr unsigned KEPT_AT = P_AT + 2 * P_TILE;        // float [2, 64]: what old sums are scaled by
+constexpr unsigned RAISED_AT = KEPT_AT + 2 * 64 * 4;   // float [2, 4]: if a warp's rows are scaled
+constexpr unsigned FACTOR_AT = RAISED_AT + 2 * 4 * 4;  // float [64]: what the result is scaled by
+constexpr unsigned SEEN_AT = FACTOR_AT + 64 * 4;       // 64 bits [3]: which keys there are
+constexpr unsigned BARRIERS_AT = SEEN_AT + STAGES * 8;
+constexpr unsigned K_LANDED = BARRIERS_AT, K_FULL = K_LANDED + 8 * STAGES,
+                   K_FREE = K_FULL + 8 * STAGES, P_FULL = K_FREE + 8 * STAGES, P_FREE = P_FULL + 16,
+                   Q_LANDED = P_FREE + 16, Q_FULL = Q_LANDED + 8, Q_FREE = Q_FULL + 8,
                    FACTOR_FULL = Q_FREE + 8, FACTOR_FREE = FACTOR_FULL + 8;
 constexpr float LOG2E = 1.4426950408889634f, HEADROOM = 8.0f;
 
@@ -32,67 +37,112 @@ struct Ring {
     }
 };
 
+// Three warps copy: 8 threads a row of 128 bytes at a time.
 DEV void gather(const Call& call, unsigned base) {
-    const int piece = threadIdx.x & 7, group = threadIdx.x % 128 >> 3;
-    const unsigned place = group * 128 + ((piece ^ (group & 7)) << 4);
+    const int piece = threadIdx.x & 7, group = threadIdx.x / 8;
+    const unsigned swizzled = (piece ^ (group & 7)) << 4;  // rows 12 further: 4 pieces beside it
     Ring<STAGES> ring;
     unsigned round = 0;
     for (int at = blockIdx.x; at < Work::count(call); at += gridDim.x, round ^= 1) {
         const Work work(call, at);
-        int rows[KEYS / 16];
+        int rows[KEYS / 12];
 #pragma unroll
-        for (int i = 0; i < KEYS / 16; ++i) rows[i] = work.key(call, group + 16 * i);
-        wait(base + Q_FREE, round ^ 1);
-#pragma unroll 1
-        for (int i = 0; i < ROWS / 16; ++i) {
-            const int row = group + 16 * i, bytes = work.has(call, row) ? 16 : 0;
-            const unsigned short* from =
-                (bytes ? work.query(call, row) : call.q) + HELD * 64 + piece * 8;
-#pragma unroll
-            for (int c = 0; c < PIECES - HELD; ++c)
-                copy16(base + Q_AT + c * Q_PIECE + place + i * 2048, from + c * 64, bytes);
-        }
-        arrive_after_copies(base + Q_FULL);
+        for (int i = 0; i < KEYS / 12; ++i) rows[i] = work.key(call, group + 12 * i);
         for (int t = 0; t < work.tiles; ++t, ring.next()) {
-            int next[KEYS / 16];
-#pragma unroll
-            for (int i = 0; i < KEYS / 16; ++i)
-                next[i] = work.key(call, (t + 1) * KEYS + group + 16 * i);
             wait(base + K_FREE + 8 * ring.at, ring.phase ^ 1);
-            const unsigned to = base + K_AT + ring.at * K_TILE + place;
+            const unsigned to = base + K_AT + ring.at * K_TILE + group * 128;
 #pragma unroll
-            for (int i = 0; i < KEYS / 16; ++i) {
+            for (int i = 0; i < KEYS / 12; ++i) {
                 const int bytes = rows[i] >= 0 ? 16 : 0;
                 const unsigned short* from = call.kv + max(rows[i], 0) * call.kv_row + piece * 8;
 #pragma unroll
                 for (int c = 0; c < PIECES; ++c)
-                    copy16(to + c * K_PIECE + i * 2048, from + c * 64, bytes);
-                rows[i] = next[i];
+                    copy16(to + (swizzled ^ (i & 1) << 6) + i * 12 * 128 + c * K_PIECE, from + c * 64,
+                           bytes);
+                rows[i] = work.key(call, (t + 1) * KEYS + group + 12 * i);
             }
-            arrive_after_copies(base + K_FULL + 8 * ring.at);
+            arrive_after_copies(base + K_LANDED + 8 * ring.at);
+            if (t) continue;
+            wait(base + Q_FREE, round ^ 1);
+#pragma unroll 1
+            for (int row = group; row < ROWS; row += 12) {
+                const int bytes = work.has(call, row) ? 16 : 0;
+                const unsigned short* from =
+                    bytes ? work.query(call, row) + HELD * 64 + piece * 8 : call.q;
+                const unsigned place = base + Q_AT + row * 128 + ((piece ^ (row & 7)) << 4);
+#pragma unroll
+                for (int c = 0; c < PIECES - HELD; ++c)
+                    copy16(place + c * Q_PIECE, from + c * 64, bytes);
+            }
+            arrive_after_copies(base + Q_LANDED);
+            const int after = at + gridDim.x;
+            if (after >= Work::count(call)) continue;
+            const Work next(call, after);
+            for (int i = threadIdx.x; i < ROWS * PIECES; i += 96)
+                if (next.has(call, i / PIECES))
+                    prefetch(next.query(call, i / PIECES) + i % PIECES * 64);
         }
     }
 }
 
-// Q K^T of one tile of keys.
-DEV void scores(float (&s)[24], const unsigned (&held)[4 * HELD][4], unsigned base, unsigned stage) {
-    const u64 keys = tile(base + K_AT + stage * K_TILE, 16), query = tile(base + Q_AT, 16);
+// The fourth warp shows the tensor cores what has landed, and says which keys there are.
+DEV void relay(const Call& call, unsigned base) {
+    const int lane = threadIdx.x & 31;
+    Ring<STAGES> ring;
+    unsigned round = 0;
+    for (int at = blockIdx.x; at < Work::count(call); at += gridDim.x, round ^= 1) {
+        const Work work(call, at);
+        int rows[2] = {-1, -1};
+        for (int t = -1; t < work.tiles; ++t) {
+            const unsigned low = __ballot_sync(~0u, rows[0] >= 0);
+            const unsigned high = __ballot_sync(~0u, rows[1] >= 0);
+            rows[0] = work.key(call, (t + 1) * KEYS + lane);
+            rows[1] = lane < KEYS - 32 ? work.key(call, (t + 1) * KEYS + 32 + lane) : -1;
+            if (t < 0) continue;
+            wait(base + K_LANDED + 8 * ring.at, ring.phase);
+            fence_proxy();
+            if (lane == 0) store2(base + SEEN_AT + 8 * ring.at, low, high);
+            arrive_if(lane == 0, base + K_FULL + 8 * ring.at);
+            ring.next();
+            if (t) continue;
+            wait(base + Q_LANDED, round);
+            fence_proxy();
+            arrive_if(lane == 0, base + Q_FULL);
+        }
+    }
+}
+
+// Begins the products that make Q K^T of a tile of keys. Before the last few, hands on the tile of P
+// before, if told so: its products shall stand in the tensor cores' queue behind these.
+DEV void products(float (&s)[24], const unsigned (&held)[4 * HELD][4], u64 query, unsigned base,
+                  unsigned stage, bool publishes, const Ring<2>& ring) {
+    const u64 keys = tile(base + K_AT + stage * K_TILE, 16);
     products_begin();
 #pragma unroll
-    for (int i = 0; i < 4 * HELD; ++i)
-        multiply(s, held[i], keys + ((i / 4 * K_PIECE + i % 4 * 32) >> 4), i);
-#pragma unroll
-    for (int i = 4 * HELD; i < 4 * PIECES; ++i)
-        multiply(s, query + (((i / 4 - HELD) * Q_PIECE + i % 4 * 32) >> 4),
-                 keys + ((i / 4 * K_PIECE + i % 4 * 32) >> 4), 1);
+    for (int i = 0; i < 4 * PIECES; ++i) {
+        const u64 b = keys + ((i / 4 * K_PIECE + i % 4 * 32) >> 4);
+        if (i < 4 * HELD)
+            multiply(s, held[i], b, i);
+        else
+            multiply(s, query + (((i / 4 - HELD) * Q_PIECE + i % 4 * 32) >> 4), b, 1);
+        if (i == PUBLISHED) arrive_if(publishes, base + P_FULL + 8 * ring.at);
+    }
     products_end();
 }
 
 // Softmax of the two rows of a thread, row g and row g + 8 of its warp's 16.
 struct Softmax {
-    float peak[2], base[2], total[2];
-    DEV void step(float (&s)[24], float unit, unsigned base_at, Ring<2>& ring) {
-        const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 & 3, t4 = lane & 3;
+    float peak[2], total[2];
+    float base[2], zero[2];  // the score that numerators are relative to; minus it in base 2, or 0
+
+    DEV Softmax() {
+        peak[0] = peak[1] = base[0] = base[1] = -INFINITE;
+        total[0] = total[1] = zero[0] = zero[1] = 0;
+    }
+
+    // Writes the numerators of a tile; `publish` hands them on.
+    DEV void step(float (&s)[24], float unit, unsigned base_at, const Ring<2>& ring) {
+        const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 & 3;
         bool far = false;
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
@@ -103,46 +153,37 @@ struct Softmax {
             most = fmaxf(most, __shfl_xor_sync(~0u, most, 1));
             most = fmaxf(most, __shfl_xor_sync(~0u, most, 2));
             peak[r] = fmaxf(peak[r], most);
-            far |= (peak[r] - base[r]) * unit > HEADROOM;
+            far |= (peak[r] - base[r]) * unit > HEADROOM;  // false as long as both are infinite
         }
         const bool raised = __any_sync(~0u, far);
-        wait(base_at + P_FREE + 8 * ring.at, ring.phase ^ 1);
         if (raised) {
 #pragma unroll
             for (int r = 0; r < 2; ++r) {
-                const float kept = peak[r] == -INFINITE ? 1.0f : power2((base[r] - peak[r]) * unit);
+                const float old = zero[r];
+                zero[r] = peak[r] == -INFINITE ? 0.0f : -peak[r] * unit;
+                const float kept = base[r] == -INFINITE ? 0.0f : power2(zero[r] - old);
                 base[r] = peak[r];
                 total[r] *= kept;
-                if (t4 == 0) {
-                    const int row = warp * 16 + lane / 4 + 8 * r;
-                    store(base_at + KEPT_AT + (ring.at * 64 + row) * 4, kept);
-                }
+                const int row = warp * 16 + lane / 4 + 8 * r;
+                store_if((lane & 3) == 0, base_at + KEPT_AT + (ring.at * 64 + row) * 4, kept);
             }
         }
-        if (lane == 0)
-            store(base_at + RAISED_AT + (ring.at * 4 + warp) * 4, raised ? 1.0f : 0.0f);
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const float zero = base[r] == -INFINITE ? 0.0f : -base[r] * unit;
-#pragma unroll
-            for (int j = 0; j < 6; ++j) {
-                const int i = 4 * j + 2 * r;
-                s[i] = power2(fmaf(s[i], unit, zero));
-                s[i + 1] = power2(fmaf(s[i + 1], unit, zero));
-                total[r] += s[i] + s[i + 1];
-            }
-        }
+        store_if(lane == 0, base_at + RAISED_AT + (ring.at * 4 + warp) * 4, raised ? 1.0f : 0.0f);
         const int row = warp * 16 + (lane & 15);
         const unsigned to = base_at + P_AT + ring.at * P_TILE + row * 128;
 #pragma unroll
-        for (int i = 0; i < 3; ++i)
-            store_matrices(to + (((2 * i + (lane >> 4)) ^ (row & 7)) << 4),
-                           pack(s[8 * i], s[8 * i + 1]), pack(s[8 * i + 2], s[8 * i + 3]),
-                           pack(s[8 * i + 4], s[8 * i + 5]), pack(s[8 * i + 6], s[8 * i + 7]));
+        for (int c = 0; c < 3; ++c) {
+#pragma unroll
+            for (int i = 8 * c; i < 8 * c + 8; ++i) {
+                s[i] = power2(fmaf(s[i], unit, zero[i / 2 & 1]));
+                total[i / 2 & 1] += s[i];
+            }
+            store_matrices(to + (((2 * c + (lane >> 4)) ^ (row & 7)) << 4),
+                           pack(s[8 * c], s[8 * c + 1]), pack(s[8 * c + 2], s[8 * c + 3]),
+                           pack(s[8 * c + 4], s[8 * c + 5]), pack(s[8 * c + 6], s[8 * c + 7]));
+        }
         fence_proxy();
         __syncwarp();
-        if (lane == 0) arrive(base_at + P_FULL + 8 * ring.at);
-        ring.next();
     }
 
     DEV void end(const Call& call, const Work& work, unsigned base_at) {
@@ -154,7 +195,7 @@ struct Softmax {
             if (lane & 3) continue;
             const int row = warp * 16 + lane / 4 + 8 * r;
             const bool none = total[r] == 0, own = work.has(call, row);
-            const float log = base[r] * call.scale + logarithm2(total[r]) / LOG2E;
+            const float log = (logarithm2(total[r]) - zero[r]) / LOG2E;
             float factor = none ? 0.0f : 1 / total[r];
 #ifndef RANGES
             if (call.sink && own && !none)
@@ -169,66 +210,63 @@ struct Softmax {
     }
 };
 
-DEV void score(const Call& call, unsigned base) {
+// A thread's part of the pieces of Q that stay in registers, as the first factor of products.
+DEV void hold(const Call& call, const Work& work, unsigned (&held)[4 * HELD][4]) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 & 3;
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+        const int row = warp * 16 + lane / 4 + 8 * r;
+        const bool own = work.has(call, row);
+        const unsigned* from = (const unsigned*)(work.query(call, row) + 2 * (lane & 3));
+#pragma unroll
+        for (int i = 0; i < 4 * HELD; ++i) {
+            held[i][r] = own ? from[8 * i] : 0;
+            held[i][2 + r] = own ? from[8 * i + 4] : 0;
+        }
+    }
+}
+
+DEV void score(const Call& call, unsigned base) {
+    const bool leads = (threadIdx.x & 31) == 0;
+    const u64 query = tile(base + Q_AT, 16);
     Ring<STAGES> ring;
     Ring<2> turn;
     unsigned round = 0;
-    float s[2][24];
+    float s[24];
     unsigned held[4 * HELD][4];
     for (int at = blockIdx.x; at < Work::count(call); at += gridDim.x, round ^= 1) {
         const Work work(call, at);
-        Sight sight(call, work);
+        const Sight sight(call, work);
         Softmax softmax;
-#pragma unroll
-        for (int r = 0; r < 2; ++r) {
-            const int row = warp * 16 + lane / 4 + 8 * r;
-            const bool own = work.has(call, row);
-            const unsigned* from = (const unsigned*)(work.query(call, row) + 2 * (lane & 3));
-#pragma unroll
-            for (int i = 0; i < 4 * HELD; ++i) {
-                held[i][r] = own ? from[8 * i] : 0;
-                held[i][2 + r] = own ? from[8 * i + 4] : 0;
-            }
-            softmax.peak[r] = softmax.base[r] = -INFINITE;
-            softmax.total[r] = 0;
-        }
-        const auto begin = [&](float (&into)[24]) {
-            wait(base + K_FULL + 8 * ring.at, ring.phase);
-            fence_proxy();
-            scores(into, held, base, ring.at);
-            ring.next();
-        };
-        const auto finish = [&](float (&from)[24], int t) {
-            sight.hide(from, call, work, t);
-            softmax.step(from, call.scale * LOG2E, base, turn);
-        };
+        if (at == blockIdx.x) hold(call, work, held);
         wait(base + Q_FULL, round);
-        begin(s[0]);
-        for (int t = 0;; ++t) {
-            if (t + 1 == work.tiles) {
-                products_wait<0>(s[0]);
-                if (lane == 0) arrive(base + Q_FREE);
-                finish(s[0], t);
-                break;
+        wait(base + K_FULL + 8 * ring.at, ring.phase);
+        products(s, held, query, base, ring.at, false, turn);
+        for (int t = 0; t < work.tiles; ++t, turn.next()) {
+            const bool last = t + 1 == work.tiles;
+            products_wait<0>(s);
+            if (last) {
+                arrive_if(leads, base + Q_FREE);
+                const int after = at + gridDim.x;
+                if (after < Work::count(call)) hold(call, Work(call, after), held);
             }
-            begin(s[1]);
-            products_wait<1>(s[0]);
-            finish(s[0], t);
-            if (++t + 1 == work.tiles) {
-                products_wait<0>(s[1]);
-                if (lane == 0) arrive(base + Q_FREE);
-                finish(s[1], t);
-                break;
-            }
-            begin(s[0]);
-            products_wait<1>(s[1]);
-            finish(s[1], t);
+            const uint2 seen = load2(base + SEEN_AT + 8 * ring.at);
+            sight.hide(s, t, seen.x, seen.y);
+            ring.next();
+            wait(base + P_FREE + 8 * turn.at, turn.phase ^ 1);
+            softmax.step(s, call.scale * LOG2E, base, turn);
+            const bool landed =
+                !last && __all_sync(~0u, ready(base + K_FULL + 8 * ring.at, ring.phase));
+            arrive_if(leads && !landed, base + P_FULL + 8 * turn.at);
+            if (last) break;
+            if (!landed) wait(base + K_FULL + 8 * ring.at, ring.phase);
+            products(s, held, query, base, ring.at, leads && landed, turn);
         }
+        turn.next();
         wait(base + FACTOR_FREE, round ^ 1);
         softmax.end(call, work, base);
         __syncwarp();
-        if (lane == 0) arrive(base + FACTOR_FULL);
+        arrive_if(leads, base + FACTOR_FULL);
     }
 }
 
@@ -256,9 +294,7 @@ DEV void mix(const Call& call, unsigned base, int half) {
     for (int at = blockIdx.x; at < Work::count(call); at += gridDim.x, round ^= 1) {
         const Work work(call, at);
         for (int t = 0; t < work.tiles; ++t, ring.next(), turn.next()) {
-            wait(base + K_FULL + 8 * ring.at, ring.phase);
             wait(base + P_FULL + 8 * turn.at, turn.phase);
-            fence_proxy();
             if (t && load(base + RAISED_AT + (turn.at * 4 + warp) * 4) != 0) {
                 const unsigned from = base + KEPT_AT + (turn.at * 64 + row) * 4;
                 const float upper = load(from), lower = load(from + 32);
@@ -330,14 +366,16 @@ extern "C" __global__ void __launch_bounds__(512, 1) attend(
     const unsigned base = address(memory);
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; ++i) {
-            barrier_init(base + K_FULL + 8 * i, 128);
+            barrier_init(base + K_LANDED + 8 * i, 96);
+            barrier_init(base + K_FULL + 8 * i, 1);
             barrier_init(base + K_FREE + 8 * i, 8);
         }
         for (int i = 0; i < 2; ++i) {
             barrier_init(base + P_FULL + 8 * i, 4);
             barrier_init(base + P_FREE + 8 * i, 8);
         }
-        barrier_init(base + Q_FULL, 128);
+        barrier_init(base + Q_LANDED, 96);
+        barrier_init(base + Q_FULL, 1);
         barrier_init(base + Q_FREE, 4);
         barrier_init(base + FACTOR_FULL, 4);
         barrier_init(base + FACTOR_FREE, 8);
@@ -346,10 +384,13 @@ extern "C" __global__ void __launch_bounds__(512, 1) attend(
     __syncthreads();
     const int task = __shfl_sync(~0u, threadIdx.x / 128, 0);
     if (task == 0) {
-        fewer_registers<32>();
-        gather(call, base);
+        fewer_registers<48>();
+        if (threadIdx.x < 96)
+            gather(call, base);
+        else
+            relay(call, base);
     } else if (task == 1) {
-        more_registers<160>();
+        more_registers<144>();
         score(call, base);
     } else {
         more_registers<160>();

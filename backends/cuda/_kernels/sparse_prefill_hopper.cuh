@@ -25,6 +25,14 @@ DEV void arrive_after_copies(unsigned bar) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(bar) : "memory");
 }
 
+DEV void arrive_if(bool p, unsigned bar) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n"
+        "@p mbarrier.arrive.shared::cta.b64 _, [%1];\n}" ::"r"((int)p),
+        "r"(bar)
+        : "memory");
+}
+
 DEV void wait(unsigned bar, unsigned phase) {
     asm volatile(
         "{\n.reg .pred done;\n"
@@ -34,11 +42,28 @@ DEV void wait(unsigned bar, unsigned phase) {
         : "memory");
 }
 
+// Whether that phase is over.
+DEV bool ready(unsigned bar, unsigned phase) {
+    unsigned done;
+    asm volatile(
+        "{\n.reg .pred p;\n"
+        "mbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, p;\n}"
+        : "=r"(done)
+        : "r"(bar), "r"(phase)
+        : "memory");
+    return done;
+}
+
 // 16 bytes to shared memory; zeros, and nothing is read, where `bytes` is 0.
 DEV void copy16(unsigned to, const void* from, int bytes) {
     asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
                  "r"(bytes)
                  : "memory");
+}
+
+DEV void prefetch(const void* at) {
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(at) : "memory");
 }
 
 // Between ordinary accesses to shared memory and those of the tensor cores.
@@ -72,6 +97,23 @@ DEV u64 tile(unsigned at, unsigned leading) {
 
 DEV void store(unsigned at, float x) {
     asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(x) : "memory");
+}
+
+DEV void store_if(bool p, unsigned at, float x) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %0, 0;\n@p st.shared.f32 [%1], %2;\n}" ::"r"((int)p),
+        "r"(at), "f"(x)
+        : "memory");
+}
+
+DEV void store2(unsigned at, unsigned a, unsigned b) {
+    asm volatile("st.shared.v2.b32 [%0], {%1, %2};" ::"r"(at), "r"(a), "r"(b) : "memory");
+}
+
+DEV uint2 load2(unsigned at) {
+    uint2 w;
+    asm volatile("ld.shared.v2.b32 {%0, %1}, [%2];" : "=r"(w.x), "=r"(w.y) : "r"(at) : "memory");
+    return w;
 }
 
 DEV float load(unsigned at) {

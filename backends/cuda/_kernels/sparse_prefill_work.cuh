@@ -87,7 +87,7 @@ struct Sight {
             last[r] = own ? min(call.lengths[token], work.end) - work.start : first[r];
         }
     }
-    DEV void hide(float (&s)[24], const Call&, const Work&, int t) {
+    DEV void hide(float (&s)[24], int t, unsigned, unsigned) const {
         if (t * KEYS >= max(first[0], first[1]) && (t + 1) * KEYS <= min(last[0], last[1])) return;
 #pragma unroll
         for (int i = 0; i < 24; ++i) {
@@ -129,20 +129,10 @@ struct Work {
     }
 };
 
-// Which keys of a tile there are. A lane holds one or two of the next tile's 48.
+// Which keys of a tile there are: bit i of `low` and `high` says it of key i and key 32 + i.
 struct Sight {
-    int rows[2];
-
-    DEV Sight(const Call& call, const Work& work) { look(call, work, 0); }
-    DEV void look(const Call& call, const Work& work, int t) {
-        const int lane = threadIdx.x & 31;
-        rows[0] = work.key(call, t * KEYS + lane);
-        rows[1] = lane < KEYS - 32 ? work.key(call, t * KEYS + 32 + lane) : -1;
-    }
-    DEV void hide(float (&s)[24], const Call& call, const Work& work, int t) {
-        const unsigned low = __ballot_sync(~0u, rows[0] >= 0);
-        const unsigned high = __ballot_sync(~0u, rows[1] >= 0);
-        look(call, work, t + 1);
+    DEV Sight(const Call&, const Work&) {}
+    DEV void hide(float (&s)[24], int, unsigned low, unsigned high) const {
         if (low == ~0u && high == 0xffffu) return;
 #pragma unroll
         for (int i = 0; i < 24; ++i) {

@@ -126,8 +126,8 @@ __device__ void find_bin(Shared& s, State& state, int k, int above) {
 }
 
 // Where to cut keys, N a thread, 0 where there is none, so that the k best remain. There are k at
-// least; from the `used`-th of each thread on there are none. A positive `slack` is how many more may remain; the cut is then rougher, and has room for
-// ties only where more than that are equal.
+// least; from the `used`-th of each thread on there are none. A positive `slack` is how many more may
+// remain; the cut is then rougher, and has room for ties only where more than that are equal.
 template <int N>
 __device__ Cut cut_at(
     Shared& s, State& state, const unsigned (&key)[N], int used, int k, int slack) {

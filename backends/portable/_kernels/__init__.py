@@ -1,1 +1,1 @@
-"""Triton kernels without a device constant: backends register them under their own configurations."""
+"""Triton kernels without a device constant; backends register them, with configurations of their own."""

@@ -41,11 +41,11 @@ def latents(
     lora, rotary = kv_weight.shape[0], cos_sin.shape[1]
     if not tokens:
         return qr, latent
-    q_a, kv_a = dense(q_a), dense(kv_a)
+    q_a, kv_a, cos_sin = dense(q_a), dense(kv_a), dense(cos_sin)
     width, lora_width = power_of_two(q_lora), power_of_two(lora)
     tile = pick("latent_qkv", tokens, max(width, lora_width))
     _latents[(2 * triton.cdiv(tokens, tile.rows),)](
-        q_a, kv_a, dense(q_weight), dense(kv_weight), dense(positions), dense(cos_sin), qr, latent,
+        q_a, kv_a, dense(q_weight), dense(kv_weight), dense(positions), cos_sin, qr, latent,
         tokens, cos_sin.shape[0], q_a.stride(0), kv_a.stride(0), cos_sin.stride(0), eps,
         Q_LORA=q_lora, LORA=lora, ROTARY=rotary, Q_WIDTH=width, LORA_WIDTH=lora_width,
         HALF=power_of_two(rotary // 2), ROWS=tile.rows, num_warps=tile.warps,

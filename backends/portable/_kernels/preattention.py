@@ -21,9 +21,10 @@ MANY = 1024
 """Tiles of queries from which keys have a launch of their own: in one program with the queries,
 their steps would cost the queries half of the programs that run at once, for want of registers."""
 
-TILES = 8
+TILES = 11
 """Tiles that a program of queries takes from then on: signs are made once, and one tile is loaded
-while another is computed."""
+while another is computed. At 4096 tokens all programs run at once on an H200, three to a
+multiprocessor."""
 
 
 def indexer(

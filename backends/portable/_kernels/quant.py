@@ -12,20 +12,16 @@ FP8_MAX = tl.constexpr(quant.FP8_MAX)
 AMAX_FLOOR = tl.constexpr(quant.AMAX_FLOOR)
 
 
-def quantized(
-    x: Tensor, *, group: int, block_rows: int, pow2: bool
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+def quantized(x: Tensor, *, group: int, block_rows: int, pow2: bool) -> tuple[Tensor, Tensor]:
     """`quantize_fp8`."""
-    if block_rows == 1:
-        shape, x3 = x.shape[:-1], flat(x)[None]
-    else:
-        shape, x3 = (*x.shape[:-2], quant.blocks(x.shape[-2], block_rows)), _matrices(x)
-    _, rows, dim = x3.shape
-    columns = quant.blocks(dim, group)
+    columns = quant.blocks(x.shape[-1], group)
+    down = () if x.dim() == 1 else (quant.blocks(x.shape[-2], block_rows),)
     values = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty(*shape, columns, dtype=torch.float32, device=x.device)
+    scale = torch.empty(*x.shape[:-2], *down, columns, dtype=torch.float32, device=x.device)
     if not values.numel():
         return values, scale
+    x3 = flat(x)[None] if block_rows == 1 else _matrices(x)
+    _, rows, dim = x3.shape
     width, height = power_of_two(group), power_of_two(block_rows)
     tile = pick("quantize_fp8", scale.numel(), width * height)
     count = tile.rows if block_rows == 1 else 1

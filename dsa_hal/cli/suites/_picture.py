@@ -55,8 +55,8 @@ def race(heading: str, shapes: Sequence[Shape]) -> bytes:
     axes.set_axisbelow(True)
     for colour, label in ((OWN, "dsa_hal"), (PEER, "best peer")):
         axes.scatter([], [], s=46, color=colour, label=label)
-    axes.legend(frameon=False, labelcolor=INK, fontsize=9, loc="lower right", ncols=2,
-                bbox_to_anchor=(1, 1.0))  # fmt: skip
+    axes.legend(frameon=False, labelcolor=INK, fontsize=9, loc="upper right", ncols=2,
+                bbox_to_anchor=(1, -0.02))  # fmt: skip
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=150)
     return buffer.getvalue()

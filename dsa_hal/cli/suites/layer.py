@@ -28,7 +28,7 @@ from dsa_hal.selection import selection
 CONTEXTS = (8192, 32768, 131072)
 PREFILL, DECODE = (4096,), (1, 32, 128)
 
-NEEDED = 80e9
+NEEDED = 96e9
 """Bytes of device memory: weights, caches of the largest work in both formats, expanded keys."""
 
 
