@@ -12,6 +12,10 @@ from dsa_hal.autotune import store
 
 C = TypeVar("C")
 
+NEAR = math.log(4)
+"""How far the facts of a call may be from those of a measured one, as the sum of the logarithms of
+their ratios, for its configuration to be taken: beyond, the best guess knows more."""
+
 
 @dataclass(frozen=True)
 class Space(Generic[C]):
@@ -40,8 +44,8 @@ class Space(Generic[C]):
 
     def pick(self, **facts: int) -> C:
         """The configuration for a call with these facts: of those measured on this device the one
-        with the nearest facts, or the best guess. A call site states the same facts in the same
-        order every time."""
+        with the nearest facts, or the best guess where none is near. A call site states the same
+        facts in the same order every time."""
         at = tuple(facts.values())
         try:
             return self._known[at]
@@ -59,7 +63,8 @@ class Space(Generic[C]):
             for at, (known, config) in enumerate(store.configs(self.name, selection().target))
             if known.keys() == facts.keys() and tuple(config.items()) in legal
         ]
-        return legal[tuple(min(fitting)[2].items())] if fitting else None
+        near = [entry for entry in fitting if entry[0] <= NEAR]
+        return legal[tuple(min(near)[2].items())] if near else None
 
     @contextmanager
     def forced(self, config: C) -> Iterator[None]:

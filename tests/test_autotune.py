@@ -116,6 +116,7 @@ def test_the_nearest_measured_configuration_serves_if_it_is_legal(space: Space[T
     assert space.pick(n=9) == Tile(1)
     assert space.pick(n=400) == Tile(9)
     assert space.pick(n=4) == Tile(1), "9 ms is not legal there, whatever was measured near"
+    assert space.pick(n=64) == Tile(3), "nothing was measured near: the best guess"
 
 
 def test_a_space_is_declared_once(space: Space[Tile]) -> None:

@@ -68,7 +68,7 @@ def attended(
         words = torch.zeros(tokens + 1, -(-context // 32), dtype=torch.int32, device=q.device)
         words, anyone = words[:-1], words[-1]
         indices, count = without_gaps(indices), indices.shape[1]
-        kernels.mark[(-(-count // 1024), tokens)](
+        kernels.mark[(tokens, -(-count // 1024))](
             indices, ks, ke, words, anyone, indices.stride(0), words.stride(0), count, BLOCK=1024
         )
     main = 1 << (dim.bit_length() - 1)

@@ -60,7 +60,7 @@ def tiled(
         return out, top, lse
     large = dim_v > 128
     block = 16 if heads <= 16 else 32 if heads <= 32 else 64
-    kernels.attend[(-(-heads // block), tokens)](
+    kernels.attend[(tokens * -(-heads // block),)](
         q, kv, indices, lengths, sink, out, top, lse,
         q.stride(0), q.stride(1), kv.stride(0), indices.stride(0), kv.shape[0], heads, k,
         softmax_scale, WIDTH=dim, VALUES=dim_v, VALUE_BLOCK=power_of_two(dim_v),

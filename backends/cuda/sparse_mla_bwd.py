@@ -67,7 +67,7 @@ def tiled(
         return dq, dkv
     block = 16 if heads <= 16 else 32 if heads <= 32 else 64
     config = SPACE.pick(rows=block, width=dim_v)
-    kernels.differentiate[(-(-heads // block), tokens)](
+    kernels.differentiate[(tokens * -(-heads // block),)](
         q, kv, indices, lengths, out, lse, dout, dq, dkv,
         q.stride(0), q.stride(1), kv.stride(0), indices.stride(0), out.stride(0), out.stride(1),
         lse.stride(0), dout.stride(0), dout.stride(1), kv.shape[0], heads, k, softmax_scale,

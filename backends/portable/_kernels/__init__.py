@@ -1,1 +1,1 @@
-"""Triton kernels without a device constant; backends register them, with configurations of their own."""
+"""Triton kernels without a device constant; backends register them, each with its own tiles."""

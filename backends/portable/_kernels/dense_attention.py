@@ -8,9 +8,9 @@ import triton.language as tl
 @triton.jit
 def mark(indices, ks, ke, words, anyone, index_row, words_row, k, BLOCK: tl.constexpr):
     """Sets bit i of a query's row of words [tokens, words_row] int32 and of anyone [words_row], for
-    each key ks <= i < ke named in indices [tokens, k]. Grid: (blocks of entries, tokens)."""
-    token = tl.program_id(1).to(tl.int64)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    each key ks <= i < ke named in indices [tokens, k]. Grid: (tokens, blocks of entries)."""
+    token = tl.program_id(0).to(tl.int64)
+    at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     key = tl.load(indices + token * index_row + at, mask=at < k, other=-1)
     bit = tl.full([BLOCK], 1, tl.int32) << (key & 31)
     valid = (key >= tl.load(ks + token)) & (key < tl.load(ke + token))

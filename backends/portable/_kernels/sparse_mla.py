@@ -17,11 +17,13 @@ def attend(
     out [tokens, heads, VALUES], top and lse [tokens, heads] dense. A key's first VALUES columns are
     its value, the WIDTH - VALUES columns behind them count in the score alone.
 
-    An entry of `indices` that names no row of kv is no key. Grid: (blocks of heads, tokens).
+    An entry of `indices` that names no row of kv is no key. Grid: tokens times blocks
+    of heads, those of a token side by side.
     """
     log2e: tl.constexpr = 1.4426950408889634
-    token = tl.program_id(1).to(tl.int64)
-    head = tl.program_id(0) * HEADS_BLOCK + tl.arange(0, HEADS_BLOCK)
+    blocks = tl.cdiv(heads, HEADS_BLOCK)
+    token = (tl.program_id(0) // blocks).to(tl.int64)
+    head = tl.program_id(0) % blocks * HEADS_BLOCK + tl.arange(0, HEADS_BLOCK)
     mine = head < heads
     column = tl.arange(0, VALUE_BLOCK)
     q_rows = q + token * q_token + head[:, None] * q_head
@@ -88,11 +90,13 @@ def differentiate(
     [context, WIDTH] fp32 dense is added to, in no certain order.
 
     With p = exp(scale * q . k - lse) and ds = scale * p * (dout . v - dout . out), dq is the sum of
-    ds times k, and dkv that of ds times q and p times dout. Grid: (blocks of heads, tokens).
+    ds times k, and dkv that of ds times q and p times dout. Grid: tokens times blocks
+    of heads, those of a token side by side.
     """
     log2e: tl.constexpr = 1.4426950408889634
-    token = tl.program_id(1).to(tl.int64)
-    head = tl.program_id(0) * HEADS_BLOCK + tl.arange(0, HEADS_BLOCK)
+    blocks = tl.cdiv(heads, HEADS_BLOCK)
+    token = (tl.program_id(0) // blocks).to(tl.int64)
+    head = tl.program_id(0) % blocks * HEADS_BLOCK + tl.arange(0, HEADS_BLOCK)
     mine = head < heads
     column = tl.arange(0, VALUE_BLOCK)
     more = tl.arange(0, REST_BLOCK)
