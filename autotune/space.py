@@ -12,7 +12,7 @@ from dsa_hal.autotune import store
 
 C = TypeVar("C")
 
-NEAR = math.log(4)
+NEAR = math.log(2)
 """How far the facts of a call may be from those of a measured one, as the sum of the logarithms of
 their ratios, for its configuration to be taken: beyond, the best guess knows more."""
 
