@@ -30,7 +30,7 @@ COMMANDS = {
     "test": "judge implementations against the references on this device",
     "bench": "time implementations side by side, each checked first",
     "tune": "measure what is fastest on this device, and keep it for later calls",
-    "report": "what the sparse attention costs in quality, as tables and a picture",
+    "report": "what the sparse attention costs in quality and in time, as tables and pictures",
 }
 
 WRONG_REQUEST, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
