@@ -33,7 +33,7 @@ from dsa_hal.ops.training import (
     sparse_mla_bwd,
 )
 from dsa_hal.registry import Op
-from dsa_hal.selection import OPS, Selection, Unsupported, selection, use
+from dsa_hal.selection import OPS, Selection, use
 from dsa_hal.target import Target
 
 GPU = Target("cuda", "sm90", "cuda")
@@ -470,13 +470,3 @@ def test_a_partial_backend_serves_those_who_ask_for_it(tmp_path: Path) -> None:
     automatic, asked, refused = done.stdout.splitlines()
     assert automatic == "cpu/torch" and asked == "abacus/beads"
     assert refused.startswith("topk on abacus:wood: backend abacus has no implementation of it")
-
-
-def test_what_a_partial_backend_lacks_is_said_in_one_sentence() -> None:
-    lacking = Selection(GPU)
-    op = OPS["fp8_gemm"]
-    inputs = op.cases[1].make(op.inputs)
-    verdicts = lacking.verdicts(op, (), inputs)
-    text = str(Unsupported(op.name, GPU, verdicts, lacking.hint(op)))
-    assert text.startswith("fp8_gemm on cuda:sm90: backend cuda has no implementation of it")
-    assert selection().target.backend == "cpu"
