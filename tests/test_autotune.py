@@ -25,6 +25,7 @@ from dsa_hal.errors import ConfigError
 from dsa_hal.facts import described
 from dsa_hal.registry import Op
 from dsa_hal.selection import OPS, selection, use
+from dsa_hal.target import Target
 
 
 @dataclass(frozen=True)
@@ -204,6 +205,32 @@ def test_a_corrupt_configuration_names_the_file(
     with pytest.raises(ConfigError, match=wrong) as caught:
         space.pick(n=1000)
     assert str(store.user_file(here)) in str(caught.value)
+
+
+SHIPPED = sorted((Path(__file__).parent.parent / "backends").glob("*/tuned/*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_tables_name_what_is_there(path: Path) -> None:
+    """Ops, contracts, implementations and configurations of a shipped table exist in this tree; a
+    derived one claims no times."""
+    table = store.read(path)
+    stamp = table["stamp"]
+    target = Target(stamp["backend"], stamp["arch"], "cuda", stamp["device"])
+    for name, entry in table["ops"].items():
+        assert entry["contract"] == OPS[name].version, name
+        known = {impl.name for impl in OPS[name].implementations(target)}
+        for winner in store.winners(name, entry["contract"], target):
+            assert set(winner.us) <= known, f"{name}: {winner.us}"
+        for row in entry["winners"]:
+            assert ("us" in row) != ("derived_from" in stamp), name
+        for space in entry["configs"]:
+            op_name, _, impl = space.partition("/")
+            assert op_name == name and impl.partition(":")[0] in known, space
+
+
+def test_there_is_a_table_for_each_device_of_the_readme() -> None:
+    assert {path.stem for path in SHIPPED} >= {"h200", "h800"}
 
 
 # -- the command -------------------------------------------------------------------------------
