@@ -16,7 +16,7 @@ from dsa_hal.model.precision import Formats
 from dsa_hal.model.weights import Loader
 from dsa_hal.ops.absorbed import mla_attention
 from dsa_hal.ops.cache import gather_index_key, gather_latent, store_index_key, store_latent
-from dsa_hal.ops.dense import mha_prefill
+from dsa_hal.ops.dense import FREE_MASK, mha_prefill
 from dsa_hal.ops.fused import indexer_qk, latent_qkv
 from dsa_hal.ops.index_select import indexer_topk, indexer_topk_paged
 from dsa_hal.ops.norm import rope
@@ -27,7 +27,10 @@ LATENT_EPS = 1e-6
 
 
 class AttentionOps:
-    """The ops of attention, bound once for all layers, which have the same shapes."""
+    """The ops of attention, bound once for all layers, which have the same shapes.
+
+    free_masks  expanded MHA takes no longer under a selection than without one
+    """
 
     def __init__(self, bind: Binder, c: ModelConfig, f: Formats) -> None:
         x = f.activations
@@ -65,11 +68,13 @@ class AttentionOps:
             layout=index_spec, max_context_len=PAGE_SIZE,
         )  # fmt: skip
         self.to_slots = bind(to_slots, ints(2, topk), ints(2, 1), 1, page_size=PAGE_SIZE)
-        self.mha_prefill = bind(
-            mha_prefill, q, meta(8, heads, c.qk_head_dim, dtype=x),
-            meta(8, heads, c.v_head_dim, dtype=x), ints(2), ints(2), ints(2, topk),
-            softmax_scale=scale,
+        per_head = (
+            q, meta(8, heads, c.qk_head_dim, dtype=x), meta(8, heads, c.v_head_dim, dtype=x),
+            ints(2), ints(2), ints(2, topk),
         )  # fmt: skip
+        self.mha_prefill = bind(mha_prefill, *per_head, softmax_scale=scale)
+        masked = mha_prefill.select(*per_head, softmax_scale=scale)
+        self.free_masks = FREE_MASK in masked.promises
 
 
 class Attention:

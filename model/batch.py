@@ -115,12 +115,17 @@ def attention_flop(config: ModelConfig, queries: int, context: int) -> tuple[flo
     return mha, mqa + expand * queries
 
 
-def prefers_mha(config: ModelConfig, work: Sequence[tuple[int, int]]) -> bool:
+def prefers_mha(
+    config: ModelConfig, work: Sequence[tuple[int, int]], *, free_masks: bool = True
+) -> bool:
     """The switch-over rule: expanded MHA while it costs no more than the absorbed sparse form.
 
     `work`: (queries, context) per request of a step. For the published model and long chunks the
-    two are equal at about 7000 visible keys, which is the kink in the paper's figure 3.
+    two are equal at about 7000 visible keys, which is the kink in the paper's figure 3. Beyond
+    index_topk keys MHA needs a mask; without `free_masks`, one that costs nothing, it stops there.
     """
+    if not free_masks and any(context > config.index_topk for _, context in work):
+        return False
     costs = [attention_flop(config, queries, context) for queries, context in work]
     return sum(mha for mha, _ in costs) <= sum(mqa for _, mqa in costs)
 
@@ -132,9 +137,11 @@ def prefill_step(
     step: Sequence[Piece],
     tokens: Sequence[Tensor],
     form: Form | None = None,
+    *,
+    free_masks: bool = True,
 ) -> Prefill:
     """The step that stores and computes `step`'s pieces; reserves their pages. `tokens` holds each
-    request's whole prompt, int64. `form` overrides the switch-over rule."""
+    request's whole prompt, int64. `form` overrides the switch-over rule, `free_masks` is its."""
     positions, slots, gathered, ks, ke = [], [], [], [], []
     base = 0
     for piece in step:
@@ -152,7 +159,7 @@ def prefill_step(
     scored = longest > config.index_topk
     if form is None:
         work = [(piece.stop - piece.start, piece.stop) for piece in step]
-        form = "mha" if prefers_mha(config, work) else "mqa"
+        form = "mha" if prefers_mha(config, work, free_masks=free_masks) else "mqa"
     first, end = torch.cat(ks), torch.cat(ke)
     everything = None
     if form == "mqa" and not scored:

@@ -189,7 +189,10 @@ class Transformer:
             raise BadInput(f"prefill chunk is {chunk}; it must be at least 1 token")
         starts = [context.length for context in contexts]
         for step in pieces([len(prompt) for prompt in prompts], starts, chunk):
-            batch = prefill_step(self.config, cache, contexts, step, prompts, self.form)
+            batch = prefill_step(
+                self.config, cache, contexts, step, prompts, self.form,
+                free_masks=self.attention_ops.free_masks,
+            )  # fmt: skip
             rows = None if every else _last_rows(step, self.device)
             logits = self.forward(batch, cache, rows)
             for piece in step:

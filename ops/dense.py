@@ -167,6 +167,10 @@ def dense_mla(
 
 # -- mha_prefill --------------------------------------------------------------------------------
 
+FREE_MASK = "mask=free"
+"""The promise that attention under `indices` takes no longer than without: what a model needs to
+know before it prefers this form for contexts that must be selected from."""
+
 
 def _mha_inputs(
     make: Maker, *, tokens: int, context: int, heads: int, dim: int = 192, dim_v: int = 128,

@@ -224,6 +224,12 @@ def test_forms_switch_where_their_costs_meet() -> None:
     assert not prefers_mha(PUBLISHED, [(1, 4096)])
 
 
+def test_masks_that_cost_end_mha_where_selection_begins() -> None:
+    assert prefers_mha(PUBLISHED, [(2048, 2048)], free_masks=False)
+    assert not prefers_mha(PUBLISHED, [(2049, 2049)], free_masks=False)
+    assert not prefers_mha(PUBLISHED, [(2048, 2048), (1, 4096)], free_masks=False)
+
+
 def test_steps_are_filled_across_prompts() -> None:
     steps = list(pieces([5, 1, 9], [0, 0, 4], 4))
     assert steps == [

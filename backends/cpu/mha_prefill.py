@@ -5,7 +5,7 @@ from torch import Tensor
 
 from dsa_hal.backends.cpu._ranges import bounds, hull
 from dsa_hal.errors import BadInput
-from dsa_hal.ops.dense import mha_prefill
+from dsa_hal.ops.dense import FREE_MASK, mha_prefill
 
 SCORES = 16 << 20
 """Bytes of fp32 scores at a time."""
@@ -14,7 +14,7 @@ CHUNK = 256
 """Queries at a time, fewer in a long context; keys beyond what any of them sees are skipped."""
 
 
-@mha_prefill.impl("cpu", "torch", contract=1, promises=("deterministic", "lse=natural"))
+@mha_prefill.impl("cpu", "torch", contract=1, promises=("deterministic", "lse=natural", FREE_MASK))
 def mha(
     q: Tensor, k: Tensor, v: Tensor, ks: Tensor, ke: Tensor, indices: Tensor | None = None, *,
     softmax_scale: float,

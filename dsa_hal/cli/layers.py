@@ -182,7 +182,9 @@ class Layer:
         self.served = bind.served
         self.formats = resolve(precision, c, source.weights_dtype)
         load = Loader(source, self.formats, bind, device, progress)
-        self._block = Block(load, AttentionOps(bind, c, self.formats), layer)
+        ops = AttentionOps(bind, c, self.formats)
+        self._free_masks = ops.free_masks
+        self._block = Block(load, ops, layer)
         self._own = self._block.attention
         plain = "fp32" if self.formats.activations == torch.float32 else "bf16"
         latent = KVLayout.parse(f"latent_{plain}/{c.kv_lora_rank}+{c.qk_rope_head_dim}")
@@ -256,7 +258,9 @@ class Layer:
             context = Context(work.context - work.tokens, list(range(pages)))
             piece = Piece(0, context.length, work.context, True)
             prompt = torch.zeros(work.context, dtype=torch.int64)
-            return prefill_step(self.config, cache, [context], [piece], [prompt])
+            return prefill_step(
+                self.config, cache, [context], [piece], [prompt], free_masks=self._free_masks
+            )
         first = torch.arange(work.tokens, dtype=torch.int32, device=self.device)[:, None] * pages
         table = first + torch.arange(pages, dtype=torch.int32, device=self.device)
         tokens = torch.zeros(work.tokens, 1, dtype=torch.int64, device=self.device)
