@@ -106,7 +106,7 @@ class Search:
         """Times the configurations of one kernel and keeps the best in `chosen`. All are compiled
         and checked before the first is timed: those who wait for the lock wait for timing alone."""
         right = []
-        for config in space.legal(**facts)[: self.most]:
+        for config in space.choices(**facts)[: self.most]:
             with contender.running(), space.forced(config):
                 if self._right(contender, str(config)):
                     right.append(config)

@@ -20,7 +20,8 @@ that names the file.
           - {facts: {rows: 64, n: 32768}, config: {threads: 512}}
 
 A table derived for a device that nobody measured says so in its stamp (`derived_from`), and has
-`rank` (1 the fastest) in the place of `us`.
+`rank` (1 the fastest) in the place of `us`. One that was made without any device (`static: true`;
+`us` are a model's) fits every device of its architecture, and is read before all others.
 """
 
 from __future__ import annotations
@@ -132,23 +133,34 @@ def user_file(target: Target) -> Path:
     return env.CACHE.read() / "tuned" / f"{target.backend}-{target.arch}.yaml"
 
 
-def keep(path: Path, target: Target, op: str, entry: Mapping[str, Any]) -> None:
+def keep(
+    path: Path, target: Target, op: str, entry: Mapping[str, Any], static: bool = False
+) -> None:
     """Put an op's entry into a table, in the place of its earlier one. Entries of other ops stay,
-    unless the table is of another device. Several processes may do so at once."""
+    unless the table is of another device or of another kind. Several processes may do so at
+    once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".keep").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         table = read(path) if path.is_file() else {"stamp": {}, "ops": {}}
-        same = table["stamp"] == _identity(target)
-        write(path, target, {**(table["ops"] if same else {}), op: dict(entry)})
+        same = table["stamp"] == _stamp(target, static)
+        write(path, target, {**(table["ops"] if same else {}), op: dict(entry)}, static=static)
 
 
-def write(path: Path, target: Target, ops: Mapping[str, Any], derived_from: str = "") -> None:
+def _stamp(target: Target, static: bool, derived_from: str = "") -> dict[str, Any]:
+    derived: dict[str, Any] = {"derived_from": derived_from} if derived_from else {}
+    return {**_identity(target), **derived, **({"static": True} if static else {})}
+
+
+def write(
+    path: Path, target: Target, ops: Mapping[str, Any], derived_from: str = "",
+    static: bool = False,
+) -> None:  # fmt: skip
     """Write a table whole or not at all. `ops` maps op -> {"contract": int, "with": {...},
     "winners": [...], "configs": {...}}."""
     import yaml
 
-    stamp = {**_identity(target), **({"derived_from": derived_from} if derived_from else {})}
+    stamp = _stamp(target, static, derived_from)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name)
     try:
@@ -176,11 +188,14 @@ def _tables(target: Target) -> tuple[tuple[Path, dict[str, Any]], ...]:
     homes = [Path(importlib.import_module(p).__path__[0]) for p in packages()[target.backend]]
     shipped = [path for home in homes for path in sorted((home / "tuned").glob("*.yaml"))]
     own = [path] if (path := user_file(target)).is_file() else []
-    for path in (*shipped, *own):
-        table = read(path)
+    tables = [(path, read(path)) for path in (*shipped, *own)]
+    for path, table in sorted(tables, key=lambda each: not each[1]["stamp"].get("static", False)):
+        asked = _identity(target)
+        if table["stamp"].get("static"):
+            del asked["device"]
         different = [
             f"{key} {table['stamp'].get(key)!r}, this is {value!r}"
-            for key, value in _identity(target).items()
+            for key, value in asked.items()
             if table["stamp"].get(key) != value
         ]
         if not different:

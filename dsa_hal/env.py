@@ -68,6 +68,15 @@ BACKEND = Variable(
     " whose device is absent is an error.",
     str,
 )
+TARGET = Variable(
+    "DSA_HAL_TARGET",
+    "backend:arch",
+    "",
+    "The target to answer for, as rocm:gfx950, cuda:sm90 or npu:910b, whether or not this machine"
+    " is one: `support`, `explain`, `tune --static` and compilation work without its device, and"
+    " whatever would execute on it is refused.",
+    str,
+)
 IMPL = Variable(
     "DSA_HAL_IMPL",
     "op=name,...",
@@ -107,7 +116,7 @@ CACHE = Variable(
     lambda text: Path(text).expanduser(),
 )
 
-VARIABLES: tuple[Variable[Any], ...] = (BACKEND, IMPL, DETERMINISTIC, CHECK, LOG, CACHE)
+VARIABLES: tuple[Variable[Any], ...] = (BACKEND, TARGET, IMPL, DETERMINISTIC, CHECK, LOG, CACHE)
 
 
 def table() -> str:

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,17 +31,30 @@ from dsa_hal.target import REFERENCE
 
 @dataclass(frozen=True)
 class Limit:
-    """What one case may cost. Above it, a case is for a faster tier and is left out by name."""
+    """What one case may cost. Above it, a case is for a faster tier and is left out by name.
+
+    products  bytes that a case may move which computes much with each, as products of matrices do
+    """
 
     flop: float = float("inf")
     bytes: float = float("inf")
+    products: float = 0
 
     def admits(self, cost: Cost) -> bool:
-        return cost.flop <= self.flop and cost.bytes <= self.bytes
+        dense = cost.flop >= MUCH * cost.bytes
+        room = max(self.bytes, self.products) if dense else self.bytes
+        return cost.flop <= self.flop and cost.bytes <= room
 
+
+MUCH = 20
+"""FLOP per byte of a case that consists of products."""
 
 DEFAULT_RUN = Limit(flop=4e9, bytes=3e7)
 """What a processor with two cores judges in seconds."""
+
+INTERPRETED = Limit(flop=2e8, bytes=1e5, products=1.3e6)
+"""What Triton's interpreter judges in seconds. An operation on a tile takes it as long as one on a
+number, so that many small programs cost more than large products."""
 
 
 @dataclass(frozen=True)
@@ -126,10 +140,30 @@ def judge(row: Row, repeats: int = 1) -> Outcome:
     return Outcome("ok")
 
 
-def attempt(row: Row, repeats: int = 1) -> Outcome:
-    """`judge`, but what the implementation raises is a failed outcome: other rows follow."""
+def judge_at_once(row: Row, order: Callable[[], AbstractContextManager[None]]) -> Outcome:
+    """`judge` in two calls, for those that take long: one between fences; one strided and poisoned
+    at once, under `order`, which runs programs in another order. No call is repeated."""
+    op, impl = row.op, row.impl
+    inputs = row.case.make(op.inputs, selection().target.device)
+    if (reason := impl.why_not(**inputs)) is not None:
+        return Outcome("refused", reason)
+    want = wanted(op, inputs)
+    fenced = Fenced.around(inputs, op.mutates)
+    report = op.check(run(impl.fn, fenced.inputs, op.mutates), want, inputs)
+    if problem := "; ".join([*([] if report.ok else [str(report)]), *fenced.broken()]):
+        return Outcome("failed", f"plain: {problem}")
+    unread = op.unread(**inputs) if op.unread is not None else {}
+    with dirty_memory(), order():
+        got = run(impl.fn, _strided(poisoned(inputs, unread)), op.mutates)
+    report = op.check(got, want, inputs)
+    return Outcome("ok") if report.ok else Outcome("failed", f"poisoned and strided: {report}")
+
+
+def attempt(row: Row, repeats: int = 1, how: Callable[[Row], Outcome] | None = None) -> Outcome:
+    """`judge`, or `how`, but what the implementation raises is a failed outcome: other rows
+    follow."""
     try:
-        return judge(row, repeats)
+        return judge(row, repeats) if how is None else how(row)
     except Exception as error:
         raised = f"raised {type(error).__name__}: {error}"
         return Outcome("failed", raised, traceback.format_exc())
@@ -167,5 +201,5 @@ def _strided(inputs: Inputs) -> Inputs:
 
 
 def _bytes(t: Tensor) -> Tensor:
-    flat = t.flatten()  # an axis of size 1 may have any stride, which a view as bytes minds
+    flat = t.contiguous().flatten()  # an axis of size 1 may have any stride, which a view minds
     return flat.view(torch.uint8) if t.numel() else t.new_empty(0, dtype=torch.uint8)

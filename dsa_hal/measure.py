@@ -3,6 +3,10 @@
 Between two runs a buffer several times the size of the last cache is written, and the inputs rotate
 through copies, so that no run finds what it reads in a cache. Device timers are used where a device
 has them; there the write of the buffer also keeps the device busy while the host launches the run.
+
+`record_calls` is for what runs inside a recorded decode step: calls one behind the other, without
+the host, each with inputs of its own. They are as cold, but no written buffer leaves a cache full
+of lines that must go to memory before anything can come.
 """
 
 from __future__ import annotations
@@ -14,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +26,16 @@ import torch
 from torch import Tensor
 
 from dsa_hal.case import Cost, Inputs, copied, tree_map
+from dsa_hal.graphs import Recorded
 
 FLUSH = 4
 """The flush buffer's size in last-level caches."""
 
 UNKNOWN_CACHE = {"cpu": 16 << 20, "other": 64 << 20}
 """Bytes assumed for a last-level cache of which the system says nothing."""
+
+RECORDED = 32
+"""Calls in one recording at least: they share the time that a replay takes to begin."""
 
 COPIES = 64
 """Most copies of the inputs; small inputs leave the cache through the flush alone."""
@@ -115,6 +123,38 @@ def cold_inputs(
         yield own
 
 
+@dataclass(frozen=True)
+class Calls:
+    """Many calls as one recording.
+
+    recorded  runs all of them
+    count     how many they are
+    inputs    what they read: the recording holds addresses alone
+    """
+
+    recorded: Recorded[None]
+    count: int
+    inputs: list[Inputs]
+
+
+def record_calls(fn: Callable[..., Any], inputs: Inputs, device: torch.device) -> Calls:
+    """Calls of `fn` one behind the other, as in a recorded decode step. Copies of the inputs take
+    turns which together are `FLUSH` caches: what a call reads has left the cache since the last
+    call that read it, and no cache is full of lines to be written back.
+
+    Raises DsaHalError where the device records nothing, or `fn` waits for the host.
+    """
+    copies = _copies(inputs, FLUSH * last_level_cache(device))
+    count = len(copies) * -(-RECORDED // len(copies))
+
+    def work() -> None:
+        for own in islice(cycle(copies), count):
+            fn(**own)
+
+    fn(**copies[0])  # what is compiled or loaded at a first call cannot be recorded
+    return Calls(Recorded(work, device), count, copies)
+
+
 def percent_of_roof(
     cost: Cost, seconds: float, roofs: Roofs, dtype: torch.dtype | None = None
 ) -> float:
@@ -179,6 +219,12 @@ def _bytes(text: str) -> int:
 
 def _rotation(inputs: Inputs, device: torch.device) -> Iterator[Inputs]:
     """Copies of the inputs in turn, together larger than the cache where `COPY_BYTES` allows."""
+    return cycle(_copies(inputs, last_level_cache(device)))
+
+
+def _copies(inputs: Inputs, beyond: int) -> list[Inputs]:
+    """Copies of the inputs: even without one of them they have `beyond` bytes, where `COPIES` and
+    `COPY_BYTES` allow."""
     sizes: list[int] = []
 
     def weigh(_: str, tensor: Tensor) -> Tensor:
@@ -187,9 +233,9 @@ def _rotation(inputs: Inputs, device: torch.device) -> Iterator[Inputs]:
 
     tree_map(weigh, inputs)
     each = max(1, sum(sizes))
-    wanted = 1 + -(-last_level_cache(device) // each)
+    wanted = 1 + -(-beyond // each)
     count = max(1, min(wanted, COPIES, COPY_BYTES // each))
-    return cycle([copied(inputs) for _ in range(count)])
+    return [copied(inputs) for _ in range(count)]
 
 
 def _host_timed(fn: Callable[..., Any], inputs: Inputs, device: torch.device) -> float:

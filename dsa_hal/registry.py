@@ -328,8 +328,8 @@ def composite(**facts: Any) -> Callable[[Callable[P, R]], Composite[P, R]]:
 
 
 def _device(target: Target) -> str | None:
-    """Where a target's tensors lie; the reference computes anywhere."""
-    return None if target.backend == REFERENCE.backend else target.device
+    """Where a target's tensors lie; the reference computes anywhere, an absent one nowhere."""
+    return None if target.backend == REFERENCE.backend or target.absent else target.device
 
 
 def _nearest(fit: Sequence[Impl[P, R]], winners: Sequence[Winner], call: Described) -> Impl[P, R]:

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 from dsa_hal import data, env, log
 from dsa_hal.autotune import store
 from dsa_hal.autotune.store import Winner
-from dsa_hal.errors import ConfigError, DsaHalError
-from dsa_hal.target import REFERENCE, Target, detect, implements
+from dsa_hal.errors import Absent, ConfigError, DsaHalError
+from dsa_hal.target import REFERENCE, Target, detect, implements, named
 
 if TYPE_CHECKING:
     from dsa_hal.registry import Impl, Op
@@ -91,6 +91,8 @@ class Selection:
             fit = [replace(i, fn=data.looked_at(op.name, op.reference, i.fn)) for i in fit]
         if self.logging:
             fit = [replace(i, fn=log.logged(f"{op.name} {i.label}", i.fn)) for i in fit]
+        if self.target.absent:
+            fit = [replace(i, fn=_refused(op.name, self.target)) for i in fit]
         winners: tuple[Winner, ...] = ()
         if op.name not in self.named and self.target.backend != REFERENCE.backend:
             names = {impl.name for impl in fit}
@@ -194,30 +196,47 @@ def _wishes() -> Selection:
 @cache
 def _from_environment() -> Selection:
     w = _wishes()
-    return Selection(detect(env.BACKEND.read()), w.named, w.deterministic, w.logging, w.checked)
+    backend, asked = env.BACKEND.read(), env.TARGET.read()
+    if asked and backend not in ("auto", asked.partition(":")[0]):
+        raise ConfigError(
+            f"{env.TARGET.name}={asked} and {env.BACKEND.name}={backend} contradict each other;"
+            " unset one of them"
+        )
+    return Selection(_chosen(backend), w.named, w.deterministic, w.logging, w.checked)
+
+
+def _chosen(backend: str) -> Target:
+    """The target of a backend, or of "auto": the environment's where it names one of that
+    backend."""
+    asked = env.TARGET.read()
+    if asked and backend in ("auto", asked.partition(":")[0]):
+        return named(asked)
+    return detect(backend)
 
 
 @contextmanager
 def use(
-    *, backend: str | None = None, deterministic: bool | None = None, checked: bool | None = None,
-    **named: str,
+    *, backend: str | None = None, target: Target | str | None = None,
+    deterministic: bool | None = None, checked: bool | None = None, **impls: str,
 ) -> Iterator[Selection]:  # fmt: skip
-    """Choose within a `with` block (and this thread or task): a backend ("reference" is one too),
-    determinism, a look at each call's data (`dsa_hal.data`), and implementations by op name, as in
-    `use(sparse_mla="torch")`.
+    """Choose within a `with` block (and this thread or task): a backend ("reference" is one too) or
+    a target ("rocm:gfx950", which need not be here to be asked about), determinism, a look at each
+    call's data (`dsa_hal.data`), and implementations by op name, as in `use(sparse_mla="torch")`.
 
     Explicit choices are strict: what is named runs or raises. Blocks nest; the inner one wins.
     """
-    _known_ops(named, "use()")
-    if backend is None:
+    _known_ops(impls, "use()")
+    if backend is not None and target is None:
+        target = REFERENCE if backend == REFERENCE.backend else _chosen(backend)
+    if target is None:
         outer = selection()
-        named = {**outer.named, **named}
-    else:  # names of implementations mean nothing on another backend, so none are kept
-        target = REFERENCE if backend == REFERENCE.backend else detect(backend)
+        impls = {**outer.named, **impls}
+    else:  # names of implementations mean nothing on another target, so none are kept
+        target = named(target) if isinstance(target, str) else target
         outer = replace(_scoped.get() or _wishes(), target=target)
     wish = outer.deterministic if deterministic is None else deterministic
     look = outer.checked if checked is None else checked
-    inner = Selection(outer.target, named, wish, outer.logging, look)
+    inner = Selection(outer.target, impls, wish, outer.logging, look)
     token = _scoped.set(inner)
     try:
         yield inner
@@ -238,6 +257,15 @@ def explain(op: Op[..., Any], *args: Any, **kwargs: Any) -> list[Verdict]:
 
 
 # -- small print -------------------------------------------------------------------------------
+
+
+def _refused(op: str, target: Target) -> Any:
+    """In the place of an implementation whose device is absent."""
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise Absent(f"{op}: {target.absent}")
+
+    return refuse
 
 
 def _known_ops(named: Mapping[str, str], where: str) -> None:

@@ -1,14 +1,18 @@
-"""Which device this process computes on: `Target`, and how one is found."""
+"""Which device this process computes on: `Target`, and how one is found; or which one it only
+answers for, because no such device is here."""
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 from importlib.metadata import entry_points
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from dsa_hal.errors import Absent, ConfigError
 
@@ -16,6 +20,44 @@ if TYPE_CHECKING:
     from dsa_hal.registry import Op
 
 ENTRY_POINTS = "dsa_hal.backends"
+EXAMPLE = "rocm:gfx950"
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What a backend states of an architecture, as of the device that is named. Nothing is asked of
+    a device: kernels are chosen and compiled by it where there is none.
+
+    name         as in `Target.arch`
+    device       what the maker calls the device of which the other numbers are
+    processors   compute units or multiprocessors
+    lanes        threads of a warp or wavefront
+    shared       bytes of shared memory or LDS that one block may take
+    registers    of 32 bits, that one thread may take
+    file         registers of 32 bits of one processor
+    threads      that one processor holds at most
+    fp8          the 8-bit float that its matrix units multiply; None if they take none
+    memory       bytes of memory
+    bytes_per_s  of that memory, peak
+    flop_per_s   of dense matrix products at their peak, by the operands' dtype ("bfloat16")
+    source       where the numbers stand
+
+    A number is 0 where the notion does not apply or the maker publishes none.
+    """
+
+    name: str
+    device: str
+    processors: int
+    shared: int
+    lanes: int = 0
+    registers: int = 0
+    file: int = 0
+    threads: int = 0
+    fp8: torch.dtype | None = None
+    memory: float = 0
+    bytes_per_s: float = 0
+    flop_per_s: Mapping[str, float] = field(default_factory=dict)
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -24,9 +66,11 @@ class Target:
 
     backend  name of the folder under backends/, or of an installed package's entry point
     arch     what implementations state in `arch=`: "sm90", "gfx950", "910b", "any"
-    device   torch device type of the tensors ("cpu", "cuda", "npu")
+    device   torch device type of the tensors ("cpu", "cuda", "npu"); "meta" where it is absent
     name     what the maker calls the device; for people
     score    `auto` takes the highest among the present targets that serve all a model needs
+    limits   what its backend states of the architecture; None if it states nothing
+    absent   why nothing can be executed on it, one sentence; "" if it is here
     """
 
     backend: str
@@ -34,9 +78,20 @@ class Target:
     device: str = "cpu"
     name: str = ""
     score: int = 0
+    limits: Architecture | None = field(default=None, compare=False, repr=False)
+    absent: str = ""
 
     def __str__(self) -> str:
         return f"{self.backend}:{self.arch}"
+
+    def __hash__(self) -> int:  # asked for at every launch of a kernel with configurations
+        return hash((self.backend, self.arch, self.name))
+
+    def must_be_here(self) -> Target:
+        """Itself. Raises Absent where it only answers questions."""
+        if self.absent:
+            raise Absent(self.absent)
+        return self
 
 
 REFERENCE = Target("reference", "any", name="fp32 references in plain torch")
@@ -73,7 +128,49 @@ def probe(backend: str) -> Target | str:
     inside a backend's own probe is a defect of that backend and is not swallowed."""
     answer = importlib.import_module(packages()[backend][0]).target()
     assert isinstance(answer, Target | str)
+    if isinstance(answer, Target):
+        return replace(answer, limits=architectures(backend).get(answer.arch))
     return answer
+
+
+def architectures(backend: str) -> dict[str, Architecture]:
+    """What a backend states of its architectures (`ARCHITECTURES` of its package), by name."""
+    stated = getattr(importlib.import_module(packages()[backend][0]), "ARCHITECTURES", ())
+    return {architecture.name: architecture for architecture in stated}
+
+
+def named(text: str) -> Target:
+    """The target "backend:arch": this machine's own where it is one, else one that is absent.
+
+    Raises ConfigError for a backend that is not known, or an architecture its backend states
+    nothing of.
+    """
+    backend, _, arch = text.partition(":")
+    if backend not in packages():
+        known = ", ".join(sorted(packages()))
+        raise ConfigError(
+            f"target {text!r} is not of the form backend:arch, as in {EXAMPLE}; backends are"
+            f" {known}"
+        )
+    here = probe(backend)
+    if isinstance(here, Target) and here.arch == arch:
+        return here
+    stated = architectures(backend)
+    if arch not in stated:
+        known = ", ".join(f"{backend}:{name}" for name in stated) or "none"
+        raise ConfigError(f"unknown target {text!r}; of backend {backend} there are {known}")
+    reason = here if isinstance(here, str) else f"this machine has {here}"
+    absent = (
+        f"{text} is not in this machine ({reason}), so that nothing can be executed on it; what"
+        " would serve it can be asked, tuned statically and compiled"
+    )
+    return Target(backend, arch, "meta", stated[arch].device, limits=stated[arch], absent=absent)
+
+
+def stand_in(text: str, device: str) -> Target:
+    """The target "backend:arch" for those who put something in the place of a device: ops execute
+    on tensors of `device`, "cpu" under an interpreter, "meta" where launches are only recorded."""
+    return replace(named(text), device=device, absent="")
 
 
 def _lacks(backend: str) -> list[str]:

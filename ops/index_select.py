@@ -123,6 +123,8 @@ def _ragged_unread(
              traps=(14,)),
         case("chunks", tokens=70, context=8192, heads=8, dim=64, topk=256, logits_mb=1),
         case("one_row_chunks", tokens=3, context=300000, heads=8, dim=64, topk=64, logits_mb=1),
+        case("many_ragged", tokens=1100, context=20000, topk=512, ranges="ragged",
+             traps=(13, 15)),
         case("decode_8k", model=True, tokens=8, context=8192, topk=2048),
         case("prefill_8k", model=True, tokens=2048, context=8192, topk=2048),
         case("prefill_32k", model=True, tokens=2048, context=32768, topk=2048, logits_mb=256),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dsa_hal.case import Cost, Inputs, Maker, case
 from dsa_hal.check import calc_diff, each
-from dsa_hal.ops.layout import KVLayout, misfit
+from dsa_hal.ops.layout import KVLayout, misfit, untiled
 from dsa_hal.ops.quant import blocks
 from dsa_hal.ops.select import in_range, to_slots
 from dsa_hal.registry import op
@@ -237,7 +237,7 @@ def paged_invalid(
     q: Tensor, pages: Tensor, weights: Tensor, context_lens: Tensor, block_table: Tensor, *,
     layout: str, max_context_len: int,
 ) -> str | None:  # fmt: skip
-    if (wrong := misfit(pages, layout, "index")) is not None:
+    if (wrong := misfit(pages, layout, "index", tiles=True)) is not None:
         return wrong
     known = KVLayout.parse(layout)
     if q.dim() != 4 or q.shape[3] != known.width:
@@ -257,6 +257,14 @@ def paged_invalid(
             f" {pages.shape[1]} per request, which hold 0 to {room}"
         )
     return None
+
+
+def _paged_requests(
+    q: Tensor, pages: Tensor, weights: Tensor, context_lens: Tensor, block_table: Tensor, *,
+    layout: str, max_context_len: int,
+) -> frozenset[str]:  # fmt: skip
+    tiles = KVLayout.parse(layout).order == "tile"
+    return frozenset({"keys=tiled"}) if tiles else frozenset()
 
 
 def paged_unread(
@@ -307,6 +315,7 @@ def paged_unread(
     check=each(out=calc_diff(5e-6)),
     cost=paged_cost,
     invalid=paged_invalid,
+    requests=_paged_requests,
     unread=paged_unread,
 )
 def indexer_logits_paged(
@@ -316,7 +325,8 @@ def indexer_logits_paged(
     """Scores of the query tokens of each request against its cached keys.
 
     q                [batch, next_n, heads, dim] of the stored keys' dtype, without its scale
-    pages            [pages, page_size, record] index keys in `layout` (KVLayout)
+    pages            [pages, page_size, record] index keys in `layout` (KVLayout); tile order asks
+                     for an implementation that promises keys=tiled
     weights          [batch * next_n, heads] fp32, signed, with q's scale and the constants in it
     context_lens     [batch, next_n] int32: a query token sees the positions below its own limit, at
                      most max_context_len; 0 = none
@@ -330,6 +340,8 @@ def indexer_logits_paged(
     """
     batch, next_n = q.shape[:2]
     known = KVLayout.parse(layout)
+    if known.order == "tile":
+        pages, known = untiled(pages, known), known.rows
     parts = {name: part.flatten(0, 1) for name, part in known.views(pages).items()}
     limits = context_lens.clamp(0, max_context_len)
     position = torch.arange(max_context_len, device=q.device, dtype=torch.int32)

@@ -1,9 +1,11 @@
 """Cache layouts as data: what one token's record holds, and how records lie inside a page.
 
 A pool is one tensor `pages` [pages, page_size, record]. Slot s is record s % page_size of page
-s // page_size. Two orders exist, and mixing them up is silent: in "token" order each record lies in
-one piece (FlashMLA's 656 bytes); in "page" order a page holds one part of all its tokens, then the
-next part of all of them (DeepGEMM's 132 bytes, where the record axis is only a way to count bytes).
+s // page_size. Three orders exist, and mixing them up is silent. In "token" order each record lies
+in one piece (FlashMLA's 656 bytes). In "page" order a page holds one part of all its tokens, then
+the next part of all of them (DeepGEMM's 132 bytes, where the record axis only counts bytes).
+"tile" order is page order with the first part cut into squares of 16 tokens by 16 elements, square
+after square (AITER's preshuffled keys): few kernels read it, none here writes it but `convert`.
 """
 
 import re
@@ -20,6 +22,9 @@ from dsa_hal.ops.quant import blocks, dequantize_fp8, quantize_fp8
 
 SCALE = "scale"
 """Name of the part that holds the scales of the first part."""
+
+TILE = 16
+"""Tokens, and elements, of a square of "tile" order."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,9 @@ _FORMS = {
         "latent", "token", 128, torch.uint8, (("latent", _E4M3), (SCALE, _FP32), ("rope", _BF16))
     ),
     "index_fp8": _Form("index", "page", _WHOLE, torch.uint8, (("key", _E4M3), (SCALE, _FP32))),
+    "index_fp8_tiled": _Form(
+        "index", "tile", _WHOLE, torch.uint8, (("key", _E4M3), (SCALE, _FP32))
+    ),
     **{
         f"latent_{name}": _Form("latent", "token", 0, dtype, (("latent", dtype), ("rope", dtype)))
         for name, dtype in (("bf16", _BF16), ("fp16", torch.float16), ("fp32", _FP32))
@@ -75,7 +83,8 @@ class KVLayout:
     spec     the layout's name and sizes, as `parse` reads it
     kind     "latent" (MLA's latent and rotated key part) or "index" (the indexer's keys)
     parts    pieces of a record in memory order
-    order    "token": record after record; "page": part after part within a page
+    order    "token": record after record; "page": part after part within a page; "tile": as "page",
+             the first part in squares
     group    elements of the first part per scale; 0 = no scales
     element  dtype of `pages`: the parts' own, or uint8 where they differ
     """
@@ -116,6 +125,10 @@ class KVLayout:
                     f"cache layout {spec!r}: {part.name} would start at byte {start} of {ends[-1]},"
                     f" which {part.dtype} cannot; take sizes like {like}"
                 )
+        if form.order == "tile" and sizes[0] % TILE:
+            raise ConfigError(
+                f"cache layout {spec!r} has keys of {sizes[0]}; squares take multiples of {TILE}"
+            )
         return KVLayout(spec, form.kind, parts, form.order, group, form.element)
 
     @property
@@ -127,6 +140,12 @@ class KVLayout:
     def width(self) -> int:
         """Values per token: 576 for a latent of 512 + 64, 128 for an index key."""
         return sum(part.count for part in self.data)
+
+    @property
+    def rows(self) -> "KVLayout":
+        """The layout with the same parts whose tokens have their elements in a row: itself, but for
+        "tile" order."""
+        return KVLayout.parse(self.spec.replace("_tiled/", "/"))
 
     @property
     def token_bytes(self) -> int:
@@ -159,6 +178,8 @@ class KVLayout:
                 f"pages have strides {list(pages.stride())}; inside a page of layout {self.spec}"
                 f" they must be {self.record} and 1"
             )
+        if self.order == "tile" and page_size % TILE:
+            return f"pages hold {page_size} tokens; layout {self.spec} takes multiples of {TILE}"
         align = max(part.dtype.itemsize for part in self.parts) // self.element.itemsize
         apart = pages.stride(0) if pages.shape[0] > 1 else 0
         if pages.storage_offset() % align or apart % align:
@@ -171,16 +192,24 @@ class KVLayout:
     def views(self, pages: Tensor) -> dict[str, Tensor]:
         """Each part as a typed view [pages, page_size, count] into the memory of `pages`.
 
-        Raises BadInput where shape, dtype, gaps or alignment do not fit the layout.
+        Raises BadInput where shape, dtype, gaps or alignment do not fit the layout, and for "tile"
+        order, in which a token's elements have no common stride.
         """
         if (reason := self.why_not(pages)) is not None:
             raise BadInput(reason)
+        if self.order == "tile":
+            raise BadInput(
+                f"layout {self.spec} keeps keys in squares, which this cannot read; `convert` makes"
+                f" it {self.rows.spec}"
+            )
         cut = self._pieces(pages)
         return {part.name: cut[part.name].view(part.dtype) for part in self.parts}
 
     def mask(self, pages: Tensor, tokens: Tensor) -> Tensor:
         """`tokens` (bool [pages, page_size]) as a mask over the elements of `pages`, whatever the
         order: what these tokens' records occupy."""
+        if self.order == "tile":
+            return tiled(self.rows.mask(pages, tokens), self)
         out = torch.zeros(pages.shape, dtype=torch.bool, device=pages.device)
         for piece in self._pieces(out).values():
             piece.copy_(tokens[..., None].expand_as(piece))
@@ -232,15 +261,47 @@ _SIZES = {"latent": "512+64", "index": "128"}
 """The model's sizes of each kind, as examples in messages."""
 
 
-def misfit(pages: Tensor, layout: str, kind: str) -> str | None:
+def tiled(pages: Tensor, form: KVLayout) -> Tensor:
+    """A copy of `pages`, of layout `form.rows`, in layout `form`, which is in tile order; or of a
+    mask over such pages. Raises BadInput for pages of a size that has no squares."""
+    return _transposed(pages, form, (TILE, form.parts[0].count // TILE))
+
+
+def untiled(pages: Tensor, form: KVLayout) -> Tensor:
+    """The inverse of `tiled`."""
+    return _transposed(pages, form, (form.parts[0].count // TILE, TILE))
+
+
+def _transposed(pages: Tensor, form: KVLayout, shape: tuple[int, int]) -> Tensor:
+    """Each 16 tokens' keys as two axes of pieces of 16 elements, which change places."""
+    count, page_size, record = pages.shape
+    if page_size % TILE or record != form.record:
+        raise BadInput(
+            f"pages have shape {list(pages.shape)}; layout {form.spec} is [pages, page_size,"
+            f" {form.record}] with a page_size of multiples of {TILE}"
+        )
+    out = pages.clone(memory_format=torch.contiguous_format)
+    keys = out.view(count, page_size * record)[:, : page_size * form.parts[0].count]
+    squares = keys.reshape(count, page_size // TILE, *shape, TILE)
+    keys.copy_(squares.transpose(2, 3).reshape(keys.shape))
+    return out
+
+
+def misfit(pages: Tensor, layout: str, kind: str, *, tiles: bool = False) -> str | None:
     """Why `pages` and the layout called `layout` do not serve an op for caches of one kind; None if
-    they do. For the `invalid` of ops."""
+    they do. For the `invalid` of ops; `tiles` of those that some implementation serves in tile
+    order."""
     try:
         known = KVLayout.parse(layout)
     except ConfigError as error:
         return str(error)
     if known.kind != kind:
         return f"layout {layout} holds {known.kind} records; this op takes {kind} records"
+    if known.order == "tile" and not tiles:
+        return (
+            f"layout {layout} keeps keys in squares, which this op does not take;"
+            f" dsa_hal.ops.layout.convert makes it {known.rows.spec}"
+        )
     return known.why_not(pages)
 
 
@@ -250,13 +311,20 @@ def convert(pages: Tensor, source: str, target: str, *, pow2: bool = True) -> Te
     Both layouts must be of one kind and hold the same sizes, else ConfigError. Exact where the
     target can hold the source's values: from floats into fp32, from FP8 with power-of-two scales
     into fp32 and bf16, and from there back (the same values; a code and its scale may both move by
-    a power of two). Otherwise values are rounded once. A few pages at a time exist as fp32.
+    a power of two). Into tile order and out of it bytes move and nothing else. Otherwise values are
+    rounded once. A few pages at a time exist as fp32.
 
     pow2  scales of an FP8 target are powers of two
     """
     old, new = KVLayout.parse(source), KVLayout.parse(target)
     if (old.kind, [p.count for p in old.data]) != (new.kind, [p.count for p in new.data]):
         raise ConfigError(f"{source} cannot become {target}; kind and sizes must be the same")
+    if old.order == "tile":
+        flat = untiled(pages, old)
+        return flat if new == old.rows else convert(flat, old.rows.spec, target, pow2=pow2)
+    if new.order == "tile":
+        flat = pages if old == new.rows else convert(pages, source, new.rows.spec, pow2=pow2)
+        return tiled(flat, new)
     out = new.empty(pages.shape[0], pages.shape[1], pages.device)
     read, write = old.views(pages), new.views(out)
     step = max(1, (1 << 22) // max(1, pages.shape[1] * old.width))

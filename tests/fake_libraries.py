@@ -208,6 +208,91 @@ def deep_gemm(*, year: int) -> ModuleType:
     return module(get_num_sms=lambda: 132, **names)
 
 
+# -- AITER --------------------------------------------------------------------------------------
+
+
+def aiter() -> dict[str, ModuleType]:
+    """Modules of AITER by name, with the signatures of its commit e4048607a535."""
+
+    def fp8_mqa_logits(
+        Q: Tensor, KV: Tensor, kv_scales: Tensor, weights: Tensor, cu_starts: Tensor,
+        cu_ends: Tensor, clean_logits: bool = True,
+    ) -> Tensor:  # fmt: skip
+        assert all(size & (size - 1) == 0 for size in Q.shape[1:]) and Q.shape[1] >= 16
+        assert KV.shape[0] and kv_scales.is_contiguous() and cu_starts.dtype == torch.int32
+        assert bool((cu_starts <= cu_ends).all()) and clean_logits
+        tokens, context = Q.shape[0], KV.shape[0]
+        out = torch.full((tokens, -(-context // 256) * 256), -torch.inf)[:, :context]
+        return out.copy_(indexer_logits.reference(Q, KV, kv_scales, weights, cu_starts, cu_ends))
+
+    def deepgemm_fp8_paged_mqa_logits(
+        q_fp8: Tensor, kv_cache: Tensor, weights: Tensor, out_logits: Tensor, context_lens: Tensor,
+        kv_indices: Tensor, max_model_len: int, Preshuffle: bool = False, KVBlockSize: int = 1,
+        ChunkK: int = 256, TotalCuCount: int | None = None, WavePerEU: int = 2,
+        VarCtxSchedule: Tensor | None = None,
+    ) -> str:  # fmt: skip
+        """One length per request; positions at and beyond it are not written. Every entry of the
+        table may be loaded. The plain kernel takes each page as one token."""
+        batch, next_n, heads, dim = q_fp8.shape
+        blocks, size, one, record = kv_cache.shape
+        assert size == KVBlockSize and one == 1 and heads >= 32
+        assert ChunkK % KVBlockSize == 0 or KVBlockSize % ChunkK == 0
+        assert KVBlockSize % 16 == 0 if Preshuffle else KVBlockSize == 1
+        assert context_lens.shape == (batch,) and kv_indices.shape[0] == batch
+        assert all(t.is_contiguous() for t in (q_fp8, kv_cache, weights, kv_indices, context_lens))
+        assert out_logits.shape == (batch * next_n, max_model_len)
+        assert int(kv_indices.min()) >= 0 and int(kv_indices.max()) < blocks
+        pages = kv_cache.view(blocks, size * record).clone()
+        if Preshuffle:  # the inverse of shuffle_weight, byte by byte
+            for at in range(size * dim):
+                token, element = divmod(at, dim)
+                square = (token // 16) * 16 * dim + (element // 16) * 256
+                source = square + (token % 16) * 16 + element % 16
+                pages[:, at] = kv_cache.view(blocks, size * record)[:, source]
+        limits = context_lens[:, None] - next_n + 1 + torch.arange(next_n)
+        found = indexer_logits_paged.reference(
+            q_fp8, pages.view(blocks, size, record), weights, limits.int(), kv_indices,
+            layout=f"index_fp8/{dim}", max_context_len=max_model_len,
+        )  # fmt: skip
+        out_logits.copy_(torch.where(found > -torch.inf, found, out_logits))
+        return "hash of the kernel"
+
+    def top_k_per_row_prefill(
+        logits: Tensor, rowStarts: Tensor, rowEnds: Tensor, indices: Tensor, values: Tensor | None,
+        numRows: int, stride0: int, stride1: int, k: int = 2048, stable: bool = False,
+    ) -> None:  # fmt: skip
+        """Keys are the scores' bits, so that NaN is a number and -0.0 is below 0.0."""
+        assert logits.dtype == torch.float32 and logits.is_contiguous() and stable
+        assert (numRows, stride0, stride1) == (*logits.shape, 1) and values is None
+        assert indices.dtype == torch.int32 and indices.is_contiguous()
+        for row in range(numRows):
+            start, end = int(rowStarts[row]), int(rowEnds[row])
+            assert 0 <= start <= end <= stride0
+            bits = logits[row, start:end].view(torch.int32).long()
+            rank = torch.where(bits < 0, -(bits & 0x7FFFFFFF) - 1, bits)
+            best = rank.sort(descending=True, stable=True).indices[:k].sort().values
+            indices[row] = -1
+            indices[row, : len(best)] = best + start
+
+    def gemm_a8w8_blockscale(
+        XQ: Tensor, WQ: Tensor, x_scale: Tensor, w_scale: Tensor,
+        dtype: torch.dtype = torch.bfloat16, isBpreshuffled: bool = False,
+    ) -> Tensor:  # fmt: skip
+        assert dtype in (torch.bfloat16, torch.float16) and not isBpreshuffled
+        assert XQ.shape[0] and all(t.is_contiguous() for t in (XQ, WQ, x_scale, w_scale))
+        return fp8_gemm.reference(XQ, x_scale, WQ, w_scale, out_dtype=dtype)
+
+    attention = "aiter.ops.triton.attention"
+    return {
+        f"{attention}.fp8_mqa_logits": module(fp8_mqa_logits=fp8_mqa_logits),
+        f"{attention}.pa_mqa_logits": module(
+            deepgemm_fp8_paged_mqa_logits=deepgemm_fp8_paged_mqa_logits
+        ),
+        "aiter.ops.topk": module(top_k_per_row_prefill=top_k_per_row_prefill),
+        "aiter.ops.gemm_op_a8w8": module(gemm_a8w8_blockscale=gemm_a8w8_blockscale),
+    }
+
+
 # -- FlashInfer and cuBLAS ----------------------------------------------------------------------
 
 

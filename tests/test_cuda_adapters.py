@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from dsa_hal import ops
-from dsa_hal.backends.cuda._adapters import _library, cublas, deepgemm, flashinfer, flashmla
+from dsa_hal.backends.cuda._adapters import cublas, deepgemm, flashinfer, flashmla
+from dsa_hal.backends.portable import library
 from dsa_hal.case import Case, Inputs, Maker, case, copied, run, tree_map
 from dsa_hal.matrix import Row, judge
 from dsa_hal.registry import Impl, Op
@@ -28,7 +29,7 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No library is remembered from test to test, and streams need no device."""
 
     def forget() -> None:
-        for found in (_library.imported, flashmla._generation, deepgemm._generation):
+        for found in (library.imported, flashmla._generation, deepgemm._generation):
             found.cache_clear()
         flashmla._plans.clear()
 

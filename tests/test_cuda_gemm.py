@@ -39,12 +39,12 @@ def test_tiles_fit_the_processor(facts: dict[str, int]) -> None:
         assert found
         for tile in found:
             assert tile.blocks * (_gemm_tiles.shared_bytes(tile) + 1024) <= 228 << 10
-            assert tile.split in (1, 2, 4, 8) and tile.pair in (1, 2)
+            assert 1 <= tile.split <= 8 and tile.pair in (1, 2), "clusters have 8 blocks at most"
             if tile.split > 1:  # parts that are added lie where the stages were
                 assert 4 * tile.mt * (tile.nt + 4) <= tile.stages * (tile.nt + tile.mt) * 128
             assert tile.nt <= 256 and tile.mt <= 128 and tile.mt % 8 == 0, "limits of one copy"
-            sums = (max(1, tile.waves) + tile.ahead) * (64 if tile.waves else tile.mt // 2)
-            registers = tile.blocks * tile.wgs * 128 * sums
+            part = tile.width // 2 if tile.waves else tile.mt // 2
+            registers = tile.blocks * tile.wgs * 128 * part * (max(1, tile.waves) + tile.ahead)
             assert registers <= 0.75 * 65536, "sums leave room for all else"
 
 
@@ -59,12 +59,15 @@ def test_few_rows_keep_every_processor_busy() -> None:
     for name in ("qkv_a", "o", "down", "q_b"):
         n, k = MODEL_SHAPES[name]
         tile = _gemm_tiles.tiles(rows=64, n=n, k=k, groups=1)[0]
-        assert -(-n // tile.nt) * tile.split >= 0.8 * _gemm_tiles.PROCESSORS, (name, tile)
+        count = -(-n // tile.nt)
+        assert count * tile.split >= 0.7 * _gemm_tiles.PROCESSORS, (name, tile)
+        if tile.split > 1:
+            assert count <= _gemm_tiles.CLUSTERS[tile.split], "all clusters run at once"
 
 
 def test_many_rows_waste_little_of_the_last_round() -> None:
-    """2112 columns are 16.5 blocks: a tile of 256 would leave a quarter of the device idle."""
-    assert _gemm_tiles.tiles(rows=4096, n=2112, k=7168, groups=1)[0].nt == 128
+    """2112 columns are 11 times 192: tiles of 256 would take three rounds, the last one short."""
+    assert _gemm_tiles.tiles(rows=4096, n=2112, k=7168, groups=1)[0].nt == 192
     assert _gemm_tiles.tiles(rows=4096, n=24576, k=1536, groups=1)[0].nt == 256
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from dsa_hal.backends.cuda import _nvrtc, indexer_topk, indexer_topk_paged, to_slots, topk
+from dsa_hal.backends.cuda import _nvrtc, _sift, indexer_topk, indexer_topk_paged, to_slots, topk
 from dsa_hal.errors import Absent
 from dsa_hal.ops.select import MAX_K
 
@@ -69,7 +69,7 @@ def test_a_selection_is_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch["name"] == "topk_bf16" and launch["grid"] == (24,) and launch["cluster"] == (8,)
     assert launch["args"][0] is logits and launch["args"][1] == 0
     assert launch["args"][2].stride(0) == 1, "a strided bound is copied"
-    assert launch["args"][4:] == (80000, 79992, 7)
+    assert launch["args"][4:8] == (80000, 79992, 7, 0)
     assert topk.select(logits[:0], 7).shape == (0, 7) and len(made) == 1, "no rows, no launch"
 
 
@@ -95,7 +95,7 @@ def chunked(monkeypatch: pytest.MonkeyPatch, module: Any) -> list[tuple[list[int
         asked.append((list(out.shape), out.stride(0)))
         out.fill_(torch.nan)
 
-    def run(scores: Any, k: int, starts: Any, ends: Any, out: Any) -> None:
+    def run(scores: Any, k: int, starts: Any, ends: Any, out: Any, *, overlap: bool) -> None:
         assert scores.shape[0] == ends.shape[0] == out.shape[0]
         out.copy_(ends[:, None].expand(-1, k))
 
@@ -127,6 +127,68 @@ def test_requests_are_not_divided(monkeypatch: pytest.MonkeyPatch) -> None:
     )  # fmt: skip
     assert torch.equal(out, lens.view(-1, 1).expand(-1, 4))
     assert [shape for shape, _ in asked] == [[4, 60000], [4, 60000], [2, 60000]]
+
+
+# -- scores that are sifted -----------------------------------------------------------------------
+
+
+def test_a_plan_stays_within_its_budget_and_fills_the_processors() -> None:
+    for tokens, context, heads, k, budget in (
+        (4096, 32768, 64, 2048, 64), (16384, 65536, 64, 2048, 64), (2048, 131072, 64, 2048, 64),
+        (8192, 20000, 32, 100, 32),
+    ):  # fmt: skip
+        plan = _sift.plan(tokens, context, heads, k, budget)
+        assert plan is not None and plan.sample % 64 == 0
+        assert plan.whole % 16 == plan.rows % 16 == 0, "parts begin at blocks of queries"
+        assert 4 * plan.floats() <= budget << 20
+        assert plan.rows * heads // 512 >= 127, "a thread block may not share more than two blocks"
+        assert plan.sample < plan.entries * 64 * 2 and plan.sample * 15 <= context
+        assert k < plan.entries * 64, "the lists hold what is selected"
+    sizes = ((4096, 8192, 2048, 64), (512, 32768, 2048, 64), (4096, 32768, 2048, 1))
+    for tokens, context, k, budget in (*sizes, (4096, 32768, 4096, 64), (4096, 1 << 20, 2048, 64)):
+        assert _sift.plan(tokens, context, 64, k, budget) is None
+
+
+def test_the_sample_is_what_the_kernels_take_for_it() -> None:
+    """The host makes room for as many columns as the kernel counts."""
+    text = (_nvrtc.KERNELS / "indexer_guess.cuh").read_text()
+    assert f"EVERY = {_sift.EVERY}, DRAWN = {_sift.DRAWN};" in text
+    for context in (16384, 16385, 16896, 16897, 131072):
+        plan = _sift.plan(4096, context, 64, 2048, 64)
+        tiles = range(-(-context // 64))
+        drawn = sum(tile % _sift.EVERY == _sift.DRAWN for tile in tiles)
+        assert plan is not None and plan.sample == 64 * drawn
+
+
+def test_sifted_scores_are_selected_without_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A sample and floors of many rows, then of fewer at a time the other scores and a cut; then
+    what may have to be done again, all rows of it. All but the first, which may follow what is no
+    kernel, wait for the one before by themselves."""
+    made = launches(monkeypatch)
+    parts: list[tuple[int, int]] = []
+
+    def launch(*args: Any, part: int = 0, overlap: bool, **more: Any) -> None:
+        parts.append((part, args[0].shape[0]))
+        made.append(dict(name="scores", part=part, overlap=overlap, out=args[6], **more))
+
+    monkeypatch.setattr(_sift, "launch", launch)
+    q, keys = torch.zeros(2500, 64, 4), torch.zeros(20000, 4)
+    bounds = torch.zeros(2500, 2, dtype=torch.int32)[:, 0]
+    out = torch.zeros(2500, 500, dtype=torch.int32)
+    plan = _sift.Plan(whole=2000, rows=1008, entries=40, sample=1216)
+    _sift.select(q, keys, keys[:, 0], q[..., 0], bounds, bounds, out, plan, 64)
+    first, cut = ["scores", "guess"], ["scores", "best"]
+    again = made[10:]
+    assert [step["name"] for step in made[:10]] == first + cut + cut + first + cut
+    assert parts[:5] == [(1, 2000), (2, 1008), (2, 992), (1, 500), (2, 500)]
+    assert [step["args"][8] for step in made if step["name"] == "best"] == [0, 1008, 2000]
+    assert [step["overlap"] for step in made] == [False] + [True] * (len(made) - 1)
+    assert {step["name"] for step in again} == {"scores", "topk_fp32"}
+    rows = sum(step["out"].shape[0] for step in again if step["name"] == "scores")
+    assert rows >= 2500 and all(step["out"].nbytes <= 64 << 20 for step in made if "out" in step)
+    assert [step["at"] for step in again if "at" in step] == [
+        step["args"][8] for step in again if "args" in step
+    ], "what is scored again is what is selected again"
 
 
 # -- the compiler ---------------------------------------------------------------------------------

@@ -71,6 +71,26 @@ def test_a_flush_goes_before_every_call(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(counts) == 1 + QUICK["repeats"]
 
 
+def test_recorded_calls_find_what_has_left_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two calls with one copy, the others read `FLUSH` caches."""
+
+    class Recorded:
+        def __init__(self, work: Any, device: torch.device) -> None:
+            work()
+
+    monkeypatch.setattr(module, "Recorded", Recorded)
+    seen: list[int] = []
+    x = torch.zeros(4096)
+    calls = module.record_calls(lambda x: seen.append(x.data_ptr()), {"x": x}, torch.device("cpu"))
+    first, recorded = seen[0], seen[1:]
+    assert first in recorded, "what is recorded has run before"
+    assert len(recorded) == calls.count >= module.RECORDED
+    assert {own["x"].data_ptr() for own in calls.inputs} == set(recorded)
+    turn = len(calls.inputs)
+    assert (turn - 1) * x.numel() * 4 >= module.FLUSH * (1 << 16)
+    assert recorded[turn:] == recorded[:-turn] and len(set(recorded[:turn])) == turn
+
+
 def test_written_arguments_are_restored() -> None:
     start: list[float] = []
 

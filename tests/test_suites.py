@@ -12,7 +12,7 @@ import torch
 
 from dsa_hal.case import Inputs, Maker
 from dsa_hal.cli import main
-from dsa_hal.cli.suites import _tables, _work, h200
+from dsa_hal.cli.suites import _race, _tables, _work, h200
 from dsa_hal.cli.suites._race import Contender, DeviceMaker
 from dsa_hal.cli.suites._tables import Line
 from dsa_hal.cli.suites._work import Work, inputs_of, workloads
@@ -133,6 +133,35 @@ def test_a_wrong_or_raising_peer_has_no_time(
     for name, reason in (("wrong in the last row", "calc_diff"), ("raising", "no kernel image")):
         assert lines[name].status == "failed" and reason in lines[name].detail
         assert lines[name].median_s is None
+
+
+def test_a_workload_of_a_decode_step_is_timed_in_a_recording(
+    processor: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A contender that cannot be recorded is refused with the reason; it is not timed otherwise."""
+
+    def chain(
+        contenders: Sequence[Contender], device: torch.device, repeats: int
+    ) -> list[Timing | str]:
+        return [Timing.of([2e-3]) if c.peer else "it waits for the host" for c in contenders]
+
+    def peers(op: str, inputs: Inputs) -> Iterator[Contender]:
+        yield Contender("a peer", work.op.reference, inputs, peer=True)
+
+    work = replace(SMALL_WORK["fp8_gemm"], recorded=True)
+    monkeypatch.setattr(h200, "chain", chain)
+    monkeypatch.setattr(h200, "peers", peers)
+    lines = h200._lines(work, LIMITS)
+    assert [line.median_s for line in lines if line.side == "peer"] == [2e-3]
+    own = [line for line in lines if line.side == "own"]
+    assert own and all(line.median_s is None for line in own)
+    assert any("waits for the host" in line.detail for line in own)
+
+
+def test_what_a_device_does_not_record_is_said() -> None:
+    contender = Contender("ours", lambda x: x, {"x": torch.zeros(8)}, own=True)
+    (found,) = _race.chain([contender], torch.device("cpu"), 3)
+    assert isinstance(found, str) and "cpu records no work" in found
 
 
 # -- tables -------------------------------------------------------------------------------------

@@ -94,7 +94,6 @@ EXACT = {
     "stretch": Limits(workspace=1 << 15, launch=0, gather=10**9),
     "gathered": Limits(workspace=1 << 15, launch=0, gather=0),
     "both, large": Limits(workspace=1 << 26, launch=1 << 20, gather=8),
-    "repeating": Limits(workspace=1 << 20, launch=0, gather=0, repeats=True),
 }
 
 
@@ -252,11 +251,6 @@ def covered(found: list[Chunk], first: Tensor, last: Tensor) -> None:
 @pytest.mark.parametrize(
     ("name", "impl"),
     [
-        ("sparse_mla", "torch"),
-        ("sparse_mla_bwd", "torch"),
-        ("sparse_mla_bwd", "deterministic"),
-        ("indexer_kl", "torch"),
-        ("indexer_kl", "deterministic"),
         ("indexer_logits", "torch"),
         ("topk", "torch"),
     ],
@@ -276,21 +270,20 @@ def test_plain_torch_for_gpus_holds_on_the_processors_tensors(name: str, impl: s
 
 @pytest.mark.parametrize("op", [sparse_mla_bwd, indexer_kl], ids=lambda op: op.name)
 def test_determinism_is_served_by_a_promise(op: Op[..., Any]) -> None:
+    pytest.importorskip("triton")
     inputs = inputs_of(op, "far" if op is sparse_mla_bwd else "sparse_far")
     plain, strict = Selection(GPU), Selection(GPU, deterministic=True)
-    able = [v.impl.name for v in plain.verdicts(op, (), inputs) if v.question == "ok"]
-    assert [name for name in able if name != "triton"] == ["torch", "deterministic"]
-    assert [v.impl.name for v in strict.verdicts(op, (), inputs) if v.question == "ok"] == [
-        "deterministic"
-    ]
+
+    def able(chosen: Selection) -> list[str]:
+        return [v.impl.name for v in chosen.verdicts(op, (), inputs) if v.question == "ok"]
+
+    assert able(plain) == ["triton", "triton_ordered"]
+    assert able(strict) == ["triton_ordered"]
     if op is sparse_mla_bwd:
         verdicts = plain.verdicts(op, (), {**inputs, "deterministic": True})
         refusals = {v.impl.name: v.reason for v in verdicts if v.question == "promise"}
-        assert refusals["torch"] == "does not promise deterministic, which was asked for"
-        assert "deterministic" not in refusals
-    (repeating,) = [i for i in op.implementations(GPU) if i.name == "deterministic"]
-    first, again = run(repeating.fn, inputs, ()), run(repeating.fn, inputs, ())
-    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        assert refusals["triton"] == "does not promise deterministic, which was asked for"
+        assert "triton_ordered" not in refusals
 
 
 # -- differentiable faces -------------------------------------------------------------------------

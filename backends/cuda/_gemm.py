@@ -139,8 +139,8 @@ def _launch(
 def _module(tile: Tile, out: int, mode: int) -> _nvrtc.Module:
     common = (("STAGES", tile.stages), ("OUT", out), ("MODE", mode))
     if tile.waves:
-        many = (("WAVES", tile.waves), ("PAIR", tile.pair), ("AHEAD", tile.ahead))
-        return _nvrtc.module("fp8_gemm_wide.cu", (*common, *many))
+        many = (("WAVES", tile.waves), ("WIDTH", tile.width), ("PAIR", tile.pair))
+        return _nvrtc.module("fp8_gemm_wide.cu", (*common, *many, ("AHEAD", tile.ahead)))
     few = (("MT", tile.mt), ("WGS", tile.wgs), ("SPLIT", tile.split), ("BLOCKS", tile.blocks))
     return _nvrtc.module("fp8_gemm.cu", (*common, *few))
 

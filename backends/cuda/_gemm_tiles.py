@@ -14,6 +14,13 @@ SHARED = 228 << 10
 
 PROCESSORS = 132
 
+CLUSTERS = {1: 132, 2: 66, 3: 39, 4: 30, 5: 22, 6: 17, 7: 15, 8: 15}
+"""How many clusters of so many blocks an H200 runs at once, if a block takes a whole processor:
+clusters do not cross the groups in which processors stand."""
+
+SHARES = {128: 0.53, 192: 0.76, 256: 1.0}
+"""Time of a tile of 128 rows by its columns, as measured at k 7168."""
+
 
 @dataclass(frozen=True)
 class Tile:
@@ -26,9 +33,10 @@ class Tile:
     blocks  of them on a multiprocessor at once
     waves   0: fp8_gemm.cu, 64 columns for each warpgroup, along the rows of the matrix unit; else
             fp8_gemm_wide.cu, where the `mt` = 128 rows of activations lie there, and so many times
-            128 columns along its other side
+            `width` columns along its other side
     ahead   1 or 2: products of a group that are under way while it adds
     pair    2: two blocks of a cluster share weights, each has rows of its own
+    width   128, or 192 with one wave
     """
 
     mt: int
@@ -39,11 +47,12 @@ class Tile:
     waves: int = 0
     ahead: int = 1
     pair: int = 1
+    width: int = 128
 
     @property
     def nt(self) -> int:
         """Columns."""
-        return self.waves * 128 if self.waves else self.wgs * 64
+        return self.waves * self.width if self.waves else self.wgs * 64
 
     @property
     def height(self) -> int:
@@ -61,7 +70,7 @@ def shared_bytes(tile: Tile, turned: bool = True) -> int:
     """Shared memory of one block. `turned`: 16-bit outputs are turned there, fp32 ones need not."""
     stage = (tile.nt + tile.mt) * BLOCK + 16
     if tile.waves:
-        return tile.stages * stage + turned * tile.mt * 256
+        return tile.stages * stage + turned * tile.mt * 128
     return tile.stages * (stage + 4 * tile.mt) + turned * (tile.split == 1) * tile.nt * tile.mt * 2
 
 
@@ -73,15 +82,16 @@ def fits(tile: Tile) -> bool:
 
 
 def narrow(mt: int, wgs: int, split: int, blocks: int) -> Tile | None:
-    """The tile of fp8_gemm.cu with as many stages as fit, at most eight; None if not even three."""
-    tiles = (Tile(mt, wgs, stages, split, blocks) for stages in range(8, 2, -1))
+    """The tile of fp8_gemm.cu with as many stages as fit, at most 13; None if not even three."""
+    tiles = (Tile(mt, wgs, stages, split, blocks) for stages in range(13, 2, -1))
     return next(filter(fits, tiles), None)
 
 
-def wide(waves: int, pair: int, ahead: int = 1) -> Tile:
+def wide(waves: int, pair: int, ahead: int = 1, width: int = 128) -> Tile:
     """The tile of fp8_gemm_wide.cu with as many stages as fit, at most eight."""
     tiles = (
-        Tile(128, 2, stages, waves=waves, ahead=ahead, pair=pair) for stages in range(8, 1, -1)
+        Tile(128, 2, stages, waves=waves, ahead=ahead, pair=pair, width=width)
+        for stages in range(8, 1, -1)
     )
     return next(filter(fits, tiles))
 
@@ -100,26 +110,36 @@ def _few_rows(rows: int, n: int, blocks_k: int, groups: int) -> list[Tile]:
     mt = next(t for t in (8, 16, 32, 64, 128) if rows <= t)
     if mt == 128 and across <= PROCESSORS:
         mt, across = 64, 2 * across  # the weights are read twice, but by twice as many blocks
-    split = 1
-    while split < 8 and across * split * 2 <= 1.1 * PROCESSORS and blocks_k >= 4 * split:
-        split *= 2
+    # A block has a processor to itself, and k as many parts as then run at once. With 16 rows and
+    # less it needs little of the processor: two may meet on one, and parts fill the device.
+    alone = mt > 16 and across <= PROCESSORS
+    splits = range(8, 1, -1) if alone else (8, 4, 2)
+    room = CLUSTERS if alone else {s: 1.1 * PROCESSORS / s for s in splits}
+    split = next((s for s in splits if across <= room[s] and blocks_k >= 4 * s), 1)
     many = (3, 1) if mt == 128 else (2, 2)
-    shapes = [many, (1, 2)] if across > 2 * PROCESSORS else [(1, 2), many]
+    if alone:
+        shapes = [(1, 1), (1, 2), many]
+    else:
+        shapes = [many, (1, 2)] if across > 2 * PROCESSORS else [(1, 2), many]
     found = [narrow(mt, wgs, split, blocks) for wgs, blocks in shapes]
     found += [narrow(min(mt, 64), wgs, s, 2) for s in (1, 2, 4, 8) for wgs in (1, 2)]
     return list(dict.fromkeys(tile for tile in found if tile is not None))
 
 
 def _many_rows(rows: int, n: int, groups: int) -> list[Tile]:
-    """The least time over all rounds of tiles; 128 columns take more than half the time of 256."""
+    """The least time over all rounds of tiles; few columns take more than their share of 256. Of
+    equal ones, pairs where there are rows enough: they read less."""
 
     def time(tile: Tile) -> float:
         count = groups * -(-rows // tile.height) * -(-n // tile.nt)
-        return -(-count // (PROCESSORS // tile.pair)) * (1.0 if tile.waves == 2 else 0.56)
+        return -(-count // (PROCESSORS // tile.pair)) * SHARES[tile.nt]
 
-    pairs = (1, 2) if rows > 128 else (1,)
-    found = [tile for pair in pairs for tile in (wide(2, pair), wide(1, pair, 2))]
-    return sorted(found, key=time)
+    found = [wide(2, 1), wide(1, 1, width=192), wide(1, 1, ahead=2)]
+    if rows > 128:
+        found += [wide(2, 2), wide(1, 2, width=192), wide(1, 2, ahead=2)]
+    if rows > 1024:
+        found.insert(0, wide(2, 2))
+    return sorted(dict.fromkeys(found), key=time)
 
 
 def whole(**facts: int) -> list[Tile]:
@@ -157,7 +177,7 @@ class FloatTile:
 
 def floats_bytes(tile: FloatTile) -> int:
     """Shared memory of one block."""
-    return tile.stages * ((tile.mt + tile.nt) * tile.bk * 2 + 16) + tile.mt * 17 * 16
+    return tile.stages * ((tile.mt + tile.nt) * tile.bk * 2 + 16) + tile.mt * 128
 
 
 def float_tiles(*, n: int, groups: int) -> list[FloatTile]:

@@ -86,7 +86,7 @@ class Module:
 
     def launch(
         self, name: str, grid: tuple[int, ...], block: tuple[int, ...], args: Sequence[Any], *,
-        shared: int = 0, cluster: tuple[int, ...] | None = None,
+        shared: int = 0, cluster: tuple[int, ...] | None = None, overlap: bool = False,
     ) -> None:  # fmt: skip
         """Launch `name` on the current stream of the device of the first tensor in `args`.
 
@@ -94,12 +94,16 @@ class Module:
         args                  as the kernel's parameters: tensors (their address), whole numbers,
                               floats, or bytes (a `tensor_map`, a struct) of the parameter's size
         shared                bytes of dynamic shared memory
+        overlap               blocks may begin while the kernel ahead on the stream still runs, once
+                              each of its blocks has ended or called `launch_dependents`. Every
+                              thread that reads or writes global memory of another kernel calls
+                              `griddepcontrol.wait` first, which returns when that kernel has ended
         """
         device = next(a.device.index for a in args if isinstance(a, Tensor))
         if device != torch.cuda.current_device():
             with torch.cuda.device(device):
-                return self.kernel(name, device).launch(grid, block, args, shared, cluster)
-        return self.kernel(name, device).launch(grid, block, args, shared, cluster)
+                return self.kernel(name, device).launch(grid, block, args, shared, cluster, overlap)
+        return self.kernel(name, device).launch(grid, block, args, shared, cluster, overlap)
 
 
 class Kernel:
@@ -123,15 +127,15 @@ class Kernel:
 
     def launch(
         self, grid: tuple[int, ...], block: tuple[int, ...], args: Sequence[Any], shared: int,
-        cluster: tuple[int, ...] | None,
+        cluster: tuple[int, ...] | None, overlap: bool = False,
     ) -> None:  # fmt: skip
         stream = _stream(self._index)
-        key = (grid, block, shared, cluster, stream)
+        key = (grid, block, shared, cluster, overlap, stream)
         config = self._configs.get(key)
         if config is None:
             if len(self._configs) >= REMEMBERED:
                 self._configs.clear()
-            made = self._configured(grid, block, shared, cluster, stream)
+            made = self._configured(grid, block, shared, cluster, overlap, stream)
             config = self._configs.setdefault(key, made)
         try:  # a frame of its own for each thread that is here at the same time
             frame = self._frames.pop()
@@ -151,7 +155,7 @@ class Kernel:
 
     def _configured(
         self, grid: tuple[int, ...], block: tuple[int, ...], shared: int,
-        cluster: tuple[int, ...] | None, stream: int,
+        cluster: tuple[int, ...] | None, overlap: bool, stream: int,
     ) -> Any:  # fmt: skip
         driver = self._driver
         if shared > DEFAULT_SHARED:
@@ -164,12 +168,21 @@ class Kernel:
         config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1, 1)[:3]
         config.blockDimX, config.blockDimY, config.blockDimZ = (*block, 1, 1)[:3]
         config.sharedMemBytes, config.hStream = shared, stream
+        attributes = []
         if cluster is not None:
             attribute = driver.CUlaunchAttribute()
             attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
             size = attribute.value.clusterDim
             size.x, size.y, size.z = (*cluster, 1, 1)[:3]
-            config.attrs, config.numAttrs = [attribute], 1
+            attributes.append(attribute)
+        if overlap:
+            attribute = driver.CUlaunchAttribute()
+            kinds = driver.CUlaunchAttributeID
+            attribute.id = kinds.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            attribute.value.programmaticStreamSerializationAllowed = 1
+            attributes.append(attribute)
+        if attributes:
+            config.attrs, config.numAttrs = attributes, len(attributes)
         return config
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from dsa_hal.autotune.space import Space
 from dsa_hal.backends.cuda import _nvrtc
-from dsa_hal.backends.cuda._dense import merge, without_gaps
+from dsa_hal.backends.portable.dense import merge, without_gaps
 
 NEEDS = _nvrtc.NEEDS
 PROCESSORS = 132

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from dsa_hal.backends.cuda import _prefill
-from dsa_hal.backends.cuda._dense import attended, why_not, without_gaps
+from dsa_hal.backends.portable.dense import attended, why_not, without_gaps
 from dsa_hal.ops.dense import dense_mla
 
 
@@ -23,8 +23,9 @@ def dense(
     """All heads share the keys; keys are split among programs where rows are few."""
     kv = without_gaps(kv)  # its values are a part of it, and no copy of their own
     return attended(
-        q, kv[:, None], kv[:, None, :dim_v], ks, ke, None, softmax_scale=softmax_scale, shared=True
-    )
+        q, kv[:, None], kv[:, None, :dim_v], ks, ke, None, softmax_scale=softmax_scale, shared=True,
+        precision="tf32x3",
+    )  # fmt: skip
 
 
 def _cuda_why_not(

@@ -20,7 +20,7 @@ PROCESSORS = 132
 KEYS, DIM, COLUMNS, WARPGROUPS = 64, 128, 512, 3
 """Keys of a tile, values of a key, query heads of a block, warpgroups of which the last copies."""
 
-ARGS = struct.Struct("<4Q 2q 3i 4x")
+ARGS = struct.Struct("<8Q 2q 5i 4x")
 
 
 @dataclass(frozen=True)
@@ -77,49 +77,66 @@ def streamed(
 ) -> Tensor:
     """Persistent blocks, to which the tiles inside the rows' ranges are dealt evenly."""
     out = torch.empty(q.shape[0], k.shape[0], device=q.device)
-    _launch(q, k, k_scale, weights, ks, ke, out, True)
+    launch(q, k, k_scale, weights, ks, ke, out, clean=True)
     return out
 
 
 def scores_into(
     q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor, ks: Tensor, ke: Tensor, out: Tensor, *,
-    clean: bool,
+    clean: bool, overlap: bool = False,
 ) -> None:  # fmt: skip
     """Scores into `out` [tokens, context] fp32, whose rows may lie apart. Unless `clean`, what lies
-    outside a row's range may stay as it is."""
+    outside a row's range may stay as it is. `overlap` where this file's kernel may begin before the
+    one ahead of it ends."""
     if scores_why_not(q, k, k_scale, weights, ks, ke) is None:
-        _launch(q, k, k_scale, weights, ks, ke, out, clean)
+        launch(q, k, k_scale, weights, ks, ke, out, clean=clean, overlap=overlap)
     else:
         portable.ragged_into(out, q, k, k_scale, weights, ks, ke)
 
 
-def _launch(
-    q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor, ks: Tensor, ke: Tensor, out: Tensor,
-    clean: bool,
+def launch(
+    q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor, ks: Tensor, ke: Tensor, out: Tensor, *,
+    clean: bool = False, overlap: bool = False, part: int = 0, entries: int = 0,
+    chosen: Tensor | None = None, at: int = 0, most: int = 0, kept: Sequence[Tensor] = (),
 ) -> None:  # fmt: skip
+    """One launch of `_kernels/indexer_logits.cu`.
+
+    out      [tokens, context] fp32, whose rows may lie apart; of part 1 a column for each key of
+             the sample; of part 2 the lists of `entries` scores and columns each
+    chosen   int32, how many blocks of queries are wanted, then their numbers. This launch takes
+             those from number `at` on, `most` at most; their rows follow each other in `out`
+    kept     of part 2: guesses, counts and losses, as `_kernels/indexer_parts.cuh` has them. No
+             more than two thread blocks may share a block of queries there, so there are no more
+             thread blocks than those
+    """
     (tokens, heads, _), context = q.shape, k.shape[0]
     if not tokens or not context:
         return
     q, k = _readable(q), _readable(k)
     read = [t if t.stride(-1) == 1 else t.contiguous() for t in (k_scale, weights, ks, ke)]
+    more = (chosen, *(kept or (None,) * 3))
     args = ARGS.pack(
-        *map(_nvrtc.address, read), read[1].stride(0), out.stride(0), tokens, context, clean
-    )
+        *map(_nvrtc.address, (*read, *more)), read[1].stride(0), out.stride(0), tokens, context,
+        clean, at, most,
+    )  # fmt: skip
     config = SPACE.pick(heads=heads)
     queries = _nvrtc.tensor_map(q, (COLUMNS // heads, heads, DIM), swizzle=128)
     keys = _nvrtc.tensor_map(k.unsqueeze(0), (1, KEYS, DIM), swizzle=128)
-    _nvrtc.module("indexer_logits.cu", defines(heads, config)).launch(
+    _nvrtc.module("indexer_logits.cu", defines(heads, config, part, entries)).launch(
         "scores",
-        (PROCESSORS,),
+        (min(PROCESSORS, -(-tokens * heads // COLUMNS)) if part == 2 else PROCESSORS,),
         (128 * WARPGROUPS,),
         (queries, keys, args, out),
         shared=shared_bytes(config),
+        overlap=overlap,
     )
 
 
-def defines(heads: int, config: Config) -> tuple[tuple[str, int], ...]:
+def defines(
+    heads: int, config: Config, part: int = 0, entries: int = 0
+) -> tuple[tuple[str, int], ...]:
     """The macros of `_kernels/indexer_logits.cu`."""
-    return ("HEADS", heads), ("STAGES", config.stages)
+    return ("HEADS", heads), ("STAGES", config.stages), ("PART", part), ("LIST", entries)
 
 
 def _readable(t: Tensor) -> Tensor:

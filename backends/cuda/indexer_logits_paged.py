@@ -89,28 +89,31 @@ def streamed(
 ) -> Tensor:  # fmt: skip
     """Persistent blocks, to which all requests' keys are dealt evenly; each is read once."""
     out = torch.empty(q.shape[0] * q.shape[1], max_context_len, device=q.device)
-    _launch(q, pages, weights, context_lens, block_table, layout, out, True)
+    _launch(q, pages, weights, context_lens, block_table, layout, out, clean=True, overlap=False)
     return out
 
 
 def scores_into(
     q: Tensor, pages: Tensor, weights: Tensor, context_lens: Tensor, block_table: Tensor,
-    out: Tensor, *, layout: str, clean: bool,
+    out: Tensor, *, layout: str, clean: bool, overlap: bool = False,
 ) -> None:  # fmt: skip
     """Scores into `out` [batch * next_n, max_context_len] fp32, whose rows may lie apart; limits
-    are clipped to its columns. Unless `clean`, what lies beyond a limit may stay as it is."""
+    are clipped to its columns. Unless `clean`, what lies beyond a limit may stay as it is.
+    `overlap` where this file's kernel may begin before the one ahead of it ends."""
     reason = scores_why_not(
         q, pages, weights, context_lens, block_table, layout=layout, max_context_len=out.shape[1]
     )
     if reason is None:
-        _launch(q, pages, weights, context_lens, block_table, layout, out, clean)
+        _launch(
+            q, pages, weights, context_lens, block_table, layout, out, clean=clean, overlap=overlap
+        )
     else:
         portable.paged_into(out, q, pages, weights, context_lens, block_table, layout)
 
 
 def _launch(
     q: Tensor, pages: Tensor, weights: Tensor, context_lens: Tensor, block_table: Tensor,
-    layout: str, out: Tensor, clean: bool,
+    layout: str, out: Tensor, *, clean: bool, overlap: bool,
 ) -> None:  # fmt: skip
     if not out.numel():
         return
@@ -146,6 +149,7 @@ def _launch(
             out,
         ),
         shared=shared_bytes(config, columns),
+        overlap=overlap,
     )
 
 

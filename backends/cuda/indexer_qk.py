@@ -2,10 +2,8 @@
 
 from torch import Tensor
 
+from dsa_hal.backends.portable.rows import wide_head
 from dsa_hal.ops.fused import indexer_qk
-
-WIDEST = 256
-"""Dimension of the heads up to which a program holds the matrix of signs."""
 
 
 def _why_not(
@@ -13,8 +11,7 @@ def _why_not(
     cos_sin: Tensor, *, interleaved: bool = False, quantize: bool = True, pow2: bool = True,
     eps: float = 1e-6,
 ) -> str | None:  # fmt: skip
-    dim = k.shape[1]
-    return None if dim <= WIDEST else f"heads have {dim} columns; it takes up to {WIDEST}"
+    return wide_head(k.shape[1])
 
 
 @indexer_qk.impl(

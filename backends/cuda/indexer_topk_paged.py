@@ -7,6 +7,9 @@ from dsa_hal.backends.cuda import _nvrtc
 from dsa_hal.backends.cuda.indexer_logits_paged import scores_into
 from dsa_hal.backends.cuda.indexer_topk import WORKSPACE
 from dsa_hal.backends.cuda.topk import run
+from dsa_hal.backends.portable.index_select import paged
+from dsa_hal.backends.portable.indexer_logits import paged_into
+from dsa_hal.backends.portable.select import largest_into
 from dsa_hal.ops.index_select import indexer_topk_paged, rows_within
 
 
@@ -37,6 +40,21 @@ def select(
             scores,
             layout=layout,
             clean=False,
+            overlap=at > 0,
         )
-        run(scores, topk, None, lens.reshape(-1), out[rows])
+        run(scores, topk, None, lens.reshape(-1), out[rows], overlap=True)
     return out
+
+
+@indexer_topk_paged.impl("cuda", "triton", contract=1, needs=("triton>=3.6",),
+                         promises=("deterministic", "ties=lower"))  # fmt: skip
+def portable(
+    q: Tensor, pages: Tensor, weights: Tensor, context_lens: Tensor, block_table: Tensor,
+    topk: int, *, layout: str, max_context_len: int, ties: str = "any", logits_mb: int = 64,
+) -> Tensor:  # fmt: skip
+    """Requests in chunks, whose scores share a workspace; Triton alone."""
+    return paged(
+        q, pages, weights, context_lens, block_table, topk, layout=layout,
+        max_context_len=max_context_len, logits_mb=logits_mb, scores=paged_into,
+        select=largest_into,
+    )  # fmt: skip

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from dsa_hal.backends.cuda._dense import attended, why_not
+from dsa_hal.backends.portable.dense import attended, why_not
 from dsa_hal.ops.dense import mha_prefill
 
 
@@ -22,4 +22,6 @@ def mha(
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A program per block of queries and head; `indices` become one bit per query and key."""
-    return attended(q, k, v, ks, ke, indices, softmax_scale=softmax_scale, shared=False)
+    return attended(
+        q, k, v, ks, ke, indices, softmax_scale=softmax_scale, shared=False, precision="tf32x3"
+    )

@@ -2,14 +2,12 @@
 
 from torch import Tensor
 
+from dsa_hal.backends.portable.rows import too_many
 from dsa_hal.ops.moe import permute, permuted_rows
-
-MOST = 4096
-"""Experts whose counts one program holds in registers."""
 
 
 def _why_not(x: Tensor, ids: Tensor, *, experts: int, align: int = 1) -> str | None:
-    return None if experts <= MOST else f"there are {experts} experts; it takes up to {MOST}"
+    return too_many(experts)
 
 
 @permute.impl(

@@ -2,18 +2,15 @@
 
 from torch import Tensor
 
+from dsa_hal.backends.portable.rows import too_many
 from dsa_hal.ops.routing import route
-
-MOST = 4096
-"""Experts whose scores one program holds in registers."""
 
 
 def _why_not(
     logits: Tensor, bias: Tensor | None = None, *, topk: int, groups: int = 1,
     topk_groups: int = 1, scale: float = 1.0, score: str = "sigmoid", normalize: bool = True,
 ) -> str | None:  # fmt: skip
-    experts = logits.shape[1]
-    return None if experts <= MOST else f"there are {experts} experts; it takes up to {MOST}"
+    return too_many(logits.shape[1])
 
 
 @route.impl("cuda", "triton", contract=1, arch=("sm90",), needs=("triton>=3.6",), why_not=_why_not)

@@ -1,54 +1,55 @@
 """sparse_mla_bwd on NVIDIA GPUs."""
 
-from __future__ import annotations
-
-from dataclasses import dataclass
-
-import torch
 from torch import Tensor
 
-from dsa_hal.autotune.space import Space
-from dsa_hal.backends.cuda._dense import power_of_two, without_gaps
-from dsa_hal.backends.cuda._limits import LIMITS, REPEATING
-from dsa_hal.backends.portable.sparse_mla import backward
+from dsa_hal.backends.portable import sparse_mla_bwd as portable
+from dsa_hal.backends.portable.sparse_mla_bwd import SPACES, Tile
 from dsa_hal.ops.training import sparse_mla_bwd
 
 
-@dataclass(frozen=True)
-class Config:
-    """Keys of a tile, warps and stages of a program."""
-
-    keys: int
-    warps: int
-    stages: int
-
-
-def _legal(*, rows: int, width: int) -> list[Config]:
-    """For programs of so many heads with so many columns of a value."""
-    if width <= 128:
-        return [Config(32, 4, 1)]
-    found = [Config(32, 8, 1), Config(16, 8, 1)]
-    return [*found, Config(32, 8, 2)] if rows <= 16 else found  # two tiles of keys, if they fit
+def _weigh(limits: object, *, heads: int, bytes: int) -> list[Tile]:
+    """Two products [heads, keys] in registers, columns one after another."""
+    if bytes == 4:
+        return [Tile(16 if heads <= 16 else 32, 32, 32, 4, 2)]
+    if heads <= 32:
+        return [Tile(16 if heads <= 16 else 32, 64, 64, 4, 3)]
+    found = [Tile(64, 128, 64, 8, 3), Tile(64, 64, 64, 4, 3), Tile(64, 128, 64, 4, 3)]
+    return [Tile(128, 128, 64, 8, 3), *found] if heads > 64 else found
 
 
-SPACE = Space("sparse_mla_bwd/triton", Config, _legal)
+def _pull(limits: object, *, heads: int, bytes: int) -> list[Tile]:
+    """One product [heads, columns] in registers, keys one after another."""
+    if bytes == 4:
+        return [Tile(16 if heads <= 16 else 32, 32, 64, 4, 2)]
+    if heads <= 32:
+        return [Tile(16 if heads <= 16 else 32, 64, 128, 4, 3)]
+    found = [Tile(64, 64, 128, 4, 3), Tile(64, 64, 256, 8, 3)]
+    return [Tile(128, 64, 128, 8, 3), *found] if heads > 64 else found
 
 
-def _triton_why_not(
+def _push(limits: object, *, heads: int, bytes: int) -> list[Tile]:
+    """One product [keys, columns] in registers, heads one after another."""
+    if bytes == 4:
+        return [Tile(16 if heads <= 16 else 32, 32, 64, 4, 2)]
+    block = 16 if heads <= 16 else 32 if heads <= 32 else 64
+    return [Tile(block, 128, 128, 8, 2), Tile(block, 64, 128, 4, 2), Tile(block, 64, 64, 4, 3)]
+
+
+for _step, _tiles in (("weigh", _weigh), ("pull", _pull), ("push", _push)):
+    SPACES[_step].on("cuda", _tiles)
+
+
+def _why_not(
     q: Tensor, kv: Tensor, indices: Tensor, out: Tensor, lse: Tensor, dout: Tensor, *,
     softmax_scale: float, dim_v: int = 512, topk_length: Tensor | None = None,
     deterministic: bool = False,
 ) -> str | None:  # fmt: skip
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"q is {q.dtype}; it takes bfloat16 and float16"
-    if dim_v > 512 or q.shape[2] - dim_v > 128:
-        return f"keys have {dim_v} and {q.shape[2] - dim_v} columns; it takes up to 512 and 128"
-    return None
+    return portable.why_not(q.dtype)
 
 
 @sparse_mla_bwd.impl(
     "cuda", "triton", contract=1, arch=("sm90",), needs=("triton>=3.6",), rank=2, promises=(),
-    why_not=_triton_why_not,
+    why_not=_why_not,
 )  # fmt: skip
 def tiled(
     q: Tensor, kv: Tensor, indices: Tensor, out: Tensor, lse: Tensor, dout: Tensor, *,
@@ -56,50 +57,23 @@ def tiled(
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """A program per query and block of heads; gradients of keys are added up atomically."""
-    from dsa_hal.backends.portable._kernels import sparse_mla as kernels
-
-    (tokens, heads, dim), k = q.shape, indices.shape[1]
-    q, kv, indices, out, lse, dout = (without_gaps(t) for t in (q, kv, indices, out, lse, dout))
-    lengths = None if topk_length is None else without_gaps(topk_length)
-    dq = torch.empty(tokens, heads, dim, dtype=q.dtype, device=q.device)
-    dkv = torch.zeros(kv.shape, device=q.device)
-    if tokens == 0:
-        return dq, dkv
-    block = 16 if heads <= 16 else 32 if heads <= 32 else 64
-    config = SPACE.pick(rows=block, width=dim_v)
-    kernels.differentiate[(tokens * -(-heads // block),)](
-        q, kv, indices, lengths, out, lse, dout, dq, dkv,
-        q.stride(0), q.stride(1), kv.stride(0), indices.stride(0), out.stride(0), out.stride(1),
-        lse.stride(0), dout.stride(0), dout.stride(1), kv.shape[0], heads, k, softmax_scale,
-        WIDTH=dim, VALUES=dim_v, VALUE_BLOCK=power_of_two(dim_v),
-        REST_BLOCK=power_of_two(dim - dim_v), HAS_LENGTHS=lengths is not None,
-        HEADS_BLOCK=block, KEYS_BLOCK=config.keys, num_warps=config.warps,
-        num_stages=config.stages,
-    )  # fmt: skip
-    return dq, dkv
-
-
-@sparse_mla_bwd.impl("cuda", "torch", contract=1, rank=1, promises=())
-def gradients(
-    q: Tensor, kv: Tensor, indices: Tensor, out: Tensor, lse: Tensor, dout: Tensor, *,
-    softmax_scale: float, dim_v: int = 512, topk_length: Tensor | None = None,
-    deterministic: bool = False,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Products of bf16 as they are, of other dtypes in fp32."""
-    return backward(
+    return portable.differentiated(
         q, kv, indices, out, lse, dout, softmax_scale=softmax_scale, dim_v=dim_v,
-        topk_length=topk_length, limits=LIMITS,
+        topk_length=topk_length, repeats=False, precision="tf32x3",
     )  # fmt: skip
 
 
-@sparse_mla_bwd.impl("cuda", "deterministic", contract=1)
+@sparse_mla_bwd.impl(
+    "cuda", "triton_ordered", contract=1, arch=("sm90",), needs=("triton>=3.6",), rank=1,
+    why_not=_why_not,
+)  # fmt: skip
 def repeating(
     q: Tensor, kv: Tensor, indices: Tensor, out: Tensor, lse: Tensor, dout: Tensor, *,
     softmax_scale: float, dim_v: int = 512, topk_length: Tensor | None = None,
     deterministic: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The same, but gathered keys' gradients are sorted before they are summed."""
-    return backward(
+    """The same, but what queries give to keys is written down, and summed in their order."""
+    return portable.differentiated(
         q, kv, indices, out, lse, dout, softmax_scale=softmax_scale, dim_v=dim_v,
-        topk_length=topk_length, limits=REPEATING,
+        topk_length=topk_length, repeats=True, precision="tf32x3",
     )  # fmt: skip

@@ -1,12 +1,12 @@
 """sparse_mla_paged on NVIDIA GPUs."""
 
 import struct
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from dsa_hal.backends.cuda import _nvrtc
+from dsa_hal.backends.portable import processors
 from dsa_hal.backends.portable.sparse_paged import BLOCK, forward, join, splits_of
 from dsa_hal.errors import BadInput
 from dsa_hal.ops.attention import sparse_mla_paged
@@ -15,9 +15,9 @@ from dsa_hal.ops.layout import KVLayout
 PROMISES = ("deterministic", "lse=natural")
 LAYOUT = "latent_fp8/512+64"
 LOG2E = 1.4426950408889634
-ALONE, PLANNED, JOINED = range(3)
+ALONE, PLANNED, JOINED, EVEN = range(4)
 """The kernel's modes: a row in one piece or in several of a size; in pieces as a schedule says; in
-pieces that the blocks of a cluster join among themselves."""
+pieces that the blocks of a cluster join among themselves; all rows' keys in equal parts."""
 
 THREADS = 512
 PIECES = 16
@@ -26,11 +26,21 @@ PIECES = 16
 CLUSTER = 2
 """Pieces up to which a cluster joins faster than a second kernel does (H200); it can join 8."""
 
+START, JOIN, JOINED_AT_ONCE = 2, 2, 2048
+"""Blocks of keys that take as long as a row's start, and as a second kernel's; rows and heads that
+it joins while the first one takes a block."""
 
-@cache
-def processors(device: int) -> int:
-    """Multiprocessors of a device."""
-    return torch.cuda.get_device_properties(device).multi_processor_count
+
+def even(rows: int, heads: int, blocks: int, workers: int) -> tuple[int, int] | None:
+    """(blocks of keys of a worker, places for a row's pieces) if equal parts of all rows' blocks
+    take less time than whole rows, one after the other, do; else None."""
+    if blocks < 2 or not workers:  # nothing to cut
+        return None
+    span, waves = -(-rows * blocks // workers), -(-rows // workers)
+    parts = span + START * (-(-span // blocks) + 1) + JOIN + rows * heads // JOINED_AT_ONCE
+    if parts >= waves * (blocks + START):
+        return None
+    return span, (blocks + span - 2) // span + 1
 
 
 @sparse_mla_paged.impl(
@@ -46,7 +56,7 @@ def portable(
     return forward(
         q, pages, indices, layout=layout, softmax_scale=softmax_scale, dim_v=dim_v,
         attn_sink=attn_sink, topk_length=topk_length, schedule=schedule, num_splits=num_splits,
-        processors=processors(q.device.index),
+        processors=processors.count(q.device),
     )  # fmt: skip
 
 
@@ -71,7 +81,7 @@ def aligned(t: Tensor, bytes: int = 16) -> bool:
 def shared_bytes(heads: int) -> int:
     """What a block of `heads` heads keeps: queries, two blocks of keys, weights, and 2 KB of small
     things; tiles begin at multiples of 1024."""
-    return 9 * heads * 128 + 2 * 9 * 64 * 128 + 64 * 128 + 1976 + 1024
+    return 9 * heads * 128 + 2 * 9 * 64 * 128 + 64 * 128 + 1984 + 1024
 
 
 def quotient(divisor: int) -> tuple[int, int]:
@@ -109,9 +119,13 @@ def hopper(
     head_blocks, blocks = -(-heads // tile), -(-k // BLOCK)
     if schedule is None or num_splits is None:
         most = min(blocks, PIECES)
-        splits = splits_of(rows * head_blocks, blocks, processors(device.index), most)
+        splits = splits_of(rows * head_blocks, blocks, processors.count(device), most)
         mode = JOINED if 1 < splits <= CLUSTER else ALONE
         span, pieces, grid = -(-blocks // splits), rows * splits, (rows * head_blocks, splits)
+        workers = processors.count(device) // head_blocks
+        if splits == 1 and (parts := even(rows, heads, blocks, workers)) is not None:
+            mode, (span, splits), grid = EVEN, parts, (workers * head_blocks, 1)
+            pieces = rows * splits
     else:
         schedule, num_splits = schedule.contiguous(), num_splits.contiguous()
         mode, workers = PLANNED, schedule.shape[0]
@@ -133,7 +147,7 @@ def hopper(
     module = _nvrtc.module("sparse_decode.cu", (("HEADS", tile), ("MODE", mode)))
     cluster = (1, splits) if mode == JOINED else None
     module.kernel("sparse_decode", device.index).launch(
-        grid, (THREADS,), (work,), shared_bytes(tile), cluster
+        grid, (THREADS,), (work,), shared_bytes(tile), cluster, False
     )
     if splits > 1 and mode != JOINED:
         join(part, part_lse, num_splits, sink, out, lse, splits)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from dsa_hal.backends.cuda import _nvrtc
+from dsa_hal.backends.portable import select as portable
 from dsa_hal.ops.select import to_slots
 
 THREADS, PER = 256, 4
@@ -31,3 +32,11 @@ def slots(
     blocks = -(-k // (THREADS * PER))
     _nvrtc.module("to_slots.cu").launch("to_slots", (rows, blocks), (THREADS,), args)
     return out
+
+
+@to_slots.impl("cuda", "triton", contract=1, needs=("triton>=3.6",))
+def tiled(
+    indices: Tensor, block_table: Tensor, rows_per_request: int = 1, *, page_size: int
+) -> Tensor:
+    """One pass. A position past the table reads the table's last entry."""
+    return portable.slots(indices, block_table, rows_per_request, page_size)

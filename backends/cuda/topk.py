@@ -9,6 +9,7 @@ from torch import Tensor
 from dsa_hal.autotune.space import Space
 from dsa_hal.backends.cuda import _nvrtc
 from dsa_hal.backends.cuda._limits import LIMITS
+from dsa_hal.backends.portable import select as portable
 from dsa_hal.backends.portable.topk import largest
 from dsa_hal.ops.select import topk
 
@@ -62,8 +63,16 @@ def legal(*, rows: int, n: int, k: int, processors: int) -> list[Config]:
 SPACE = Space(name="topk/cuda", kind=Config, legal=legal)
 
 
-def run(logits: Tensor, k: int, starts: Tensor | None, ends: Tensor | None, out: Tensor) -> None:
-    """Select into `out` [rows, k] int32, dense."""
+def run(
+    logits: Tensor, k: int, starts: Tensor | None, ends: Tensor | None, out: Tensor, *,
+    overlap: bool = False, chosen: Tensor | None = None, at: int = 0, group: int = 1,
+) -> None:  # fmt: skip
+    """Select into `out` [rows, k] int32, dense.
+
+    overlap  the kernel may begin before the one ahead of it ends
+    chosen   int32, how many groups of `group` rows are wanted, then their numbers: rows of starts,
+             ends and out. `logits` are the scores of those from number `at` on, one after another
+    """
     rows, n = logits.shape
     if not rows:
         return
@@ -81,8 +90,9 @@ def run(logits: Tensor, k: int, starts: Tensor | None, ends: Tensor | None, out:
     bounds = [0 if t is None else t if t.stride(0) == 1 else t.contiguous() for t in (starts, ends)]
     _nvrtc.module("topk.cu", defines).launch(
         name, (rows * config.cluster,), (config.threads,),
-        (logits, *bounds, out, logits.stride(0), n, k), shared=shared,
-        cluster=(config.cluster,),
+        (logits, *bounds, out, logits.stride(0), n, k, 0 if chosen is None else chosen, at, group,
+         out.shape[0]), shared=shared,
+        cluster=(config.cluster,), overlap=overlap,
     )  # fmt: skip
 
 
@@ -110,6 +120,16 @@ def best(
 ) -> Tensor:  # fmt: skip
     """torch's own selection on masked copies of some rows."""
     return largest(logits, k, starts, ends, ties=ties, limits=LIMITS)
+
+
+@topk.impl("cuda", "triton", contract=1, needs=("triton>=3.6",), rank=1,
+           promises=("deterministic", "ties=lower"))  # fmt: skip
+def by_pieces(
+    logits: Tensor, k: int, starts: Tensor | None = None, ends: Tensor | None = None, *,
+    ties: str = "any",
+) -> Tensor:  # fmt: skip
+    """Columns in ascending order; of equal scores always the lower columns."""
+    return portable.largest(logits, k, starts, ends)
 
 
 from dsa_hal.backends.cuda._adapters import flashinfer  # noqa: E402, F401

@@ -30,15 +30,12 @@ class Limits:
     launch     scores, one per query, head and key, that take as long as starting a chunk's work
     gather     heads with which a key of a stretch takes as long as moving one gathered key
     half       whether bf16 is multiplied as it is; if not, and for other dtypes, it is in fp32
-    repeats    whether gathered gradients are summed in an order that repeats, where plain addition
-               to an indexed row does not
     """
 
     workspace: int
     launch: int
     gather: int
     half: bool = False
-    repeats: bool = False
 
     def factors(self, dtype: torch.dtype) -> torch.dtype:
         """The dtype in which tensors of `dtype` are multiplied."""

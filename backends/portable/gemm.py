@@ -13,14 +13,15 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from dsa_hal.autotune.space import Space
+from dsa_hal.autotune.space import Launched, Space
+from dsa_hal.backends.portable.dialect import is_fnuz
 
 SPAN = 8
 """Tiles of rows that are walked together, see `_tile_at`."""
 
 
 @dataclass(frozen=True)
-class Tile:
+class Tile(Launched):
     """One program's part of the product, and how it is computed.
 
     bm, bn  rows and columns
@@ -80,8 +81,7 @@ def _bucket(rows: int) -> int:
 
 
 def _options(tile: Tile) -> dict[str, int]:
-    sizes = dict(BM=tile.bm, BN=tile.bn, SPAN=SPAN)
-    return dict(**sizes, num_warps=tile.warps, num_stages=tile.stages)
+    return dict(BM=tile.bm, BN=tile.bn, SPAN=SPAN, **tile.options)
 
 
 def _count(tile: Tile, m: int, n: int) -> int:
@@ -97,7 +97,8 @@ def fp8(a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, out_dtype: torch
         tile = SPACES["fp8_gemm"].pick(rows=_bucket(m), n=n, bytes=1)
         kernels().fp8_gemm[(_count(tile, m, n),)](
             a, a_scale, b, b_scale, out, m, n, k,
-            a.stride(0), a_scale.stride(0), b.stride(0), b_scale.stride(0), n, **_options(tile),
+            a.stride(0), a_scale.stride(0), b.stride(0), b_scale.stride(0), n, FNUZ=is_fnuz(),
+            **_options(tile),
         )  # fmt: skip
     return out
 
@@ -115,7 +116,7 @@ def grouped_fp8(
         kernels().grouped_fp8_gemm[(_count(tile, m, n),)](
             a, a_scale, b, b_scale, layout, out, m, n, k, groups,
             a.stride(0), a_scale.stride(0), *b.stride()[:2], *b_scale.stride()[:2], n,
-            **_options(tile),
+            FNUZ=is_fnuz(), **_options(tile),
         )  # fmt: skip
     return out
 
@@ -132,7 +133,7 @@ def masked_fp8(
         kernels().grouped_fp8_gemm_masked[(_count(tile, max_m, n), groups)](
             a, a_scale, b, b_scale, masked_m, out, max_m, n, k,
             *a.stride()[:2], *a_scale.stride()[:2], *b.stride()[:2], *b_scale.stride()[:2],
-            *out.stride()[:2], **_options(tile),
+            *out.stride()[:2], FNUZ=is_fnuz(), **_options(tile),
         )  # fmt: skip
     return out
 

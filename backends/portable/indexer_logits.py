@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsa_hal.autotune.space import Space
+from dsa_hal.autotune.space import Launched, Space
+from dsa_hal.backends.portable.dialect import is_fnuz
 from dsa_hal.ops.layout import SCALE, KVLayout
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Launched):
     """Keys of a tile, rows that it meets one after another (1 for paged keys), warps, stages."""
 
     keys: int
@@ -60,7 +61,7 @@ def ragged_into(
         q, k, _dense(k_scale), weights, _dense(ks), _dense(ke), out,
         q.stride(0), q.stride(1), k.stride(0), weights.stride(0), out.stride(0),
         tokens, context, heads, **blocks(heads, dim), BN=config.keys, BM=config.rows,
-        num_warps=config.warps, num_stages=config.stages,
+        FNUZ=is_fnuz(), **config.options,
     )  # fmt: skip
 
 
@@ -88,7 +89,7 @@ def paged_into(
         block_table.stride(0), out.stride(0), next_n, context, heads, pages.shape[1],
         pages.shape[0], **blocks(heads, dim), BN=config.keys,
         BQ=1 << (next_n - 1).bit_length(), SCALED=form.group > 0,
-        num_warps=config.warps, num_stages=config.stages,
+        FNUZ=is_fnuz(), **config.options,
     )  # fmt: skip
 
 

@@ -64,8 +64,8 @@ class Gathered:
     """Keys ids [c, n] of an array. They are read, and their gradients written, once for all rows,
     which are many times fewer: narrow rows are filled up with zeros."""
 
-    def __init__(self, keys: Tensor, ids: Tensor, factors: torch.dtype, repeats: bool) -> None:
-        self.ids, self.repeats = ids.flatten(), repeats
+    def __init__(self, keys: Tensor, ids: Tensor, factors: torch.dtype) -> None:
+        self.ids = ids.flatten()
         self.keys = keys.index_select(0, self.ids).view(*ids.shape, -1).to(factors)
 
     def against(self, *rows: Tensor, result: torch.dtype = torch.float32) -> list[Tensor]:
@@ -79,10 +79,7 @@ class Gathered:
         weights = torch.cat([weights for weights, _ in pairs], 1)
         rows = self._stacked(*(rows for _, rows in pairs))
         parts = product(weights.transpose(1, 2), rows).flatten(0, 1)
-        if self.repeats:  # sorts by row first
-            total.index_put_((self.ids.long(),), parts, accumulate=True)
-        else:
-            total.index_add_(0, self.ids, parts)
+        total.index_add_(0, self.ids, parts)
 
     def _stacked(self, *rows: Tensor) -> Tensor:
         width = self.keys.shape[2]
@@ -109,7 +106,7 @@ class Selection:
         factors = self.limits.factors(keys.dtype)
         if not chunk.gathered:
             return Stretch(keys, chunk, factors)
-        return Gathered(keys, self._safe[chunk.rows], factors, self.limits.repeats)
+        return Gathered(keys, self._safe[chunk.rows], factors)
 
     def allowed(self, chunk: Chunk) -> Tensor | None:
         """Which of the chunk's keys each query selected: bool [c, n]; None if all."""

@@ -8,24 +8,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsa_hal.autotune.space import Space
+from dsa_hal.autotune.space import Launched, Space
 
 SPREAD = 512
 """Programs below which fewer rows per program are taken: few rows wait for memory one after
 another, and more programs wait at once."""
 
 LANES = 32
-"""Threads counted per warp; where a warp has 64, a thread only holds half as much."""
+"""Threads of a warp, where a backend states no other number."""
 
 WIDEST = 32768
 """Elements of one row that a program can hold."""
+
+WIDEST_HEAD = 256
+"""Columns of an indexer's head beside which a program holds the matrix of signs."""
+
+MOST_EXPERTS = 4096
+"""Experts whose scores or counts one program holds."""
 
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 """Dtypes that programs read and write as values."""
 
 
 @dataclass(frozen=True)
-class RowTile:
+class RowTile(Launched):
     """One program's work: `rows` rows or blocks, shared by `warps` warps."""
 
     rows: int
@@ -37,14 +43,14 @@ def power_of_two(size: int) -> int:
     return 1 << max(0, size - 1).bit_length()
 
 
-def _fitting(guess: RowTile, width: int, least: int, most: int) -> list[RowTile]:
+def _fitting(guess: RowTile, width: int, least: int, most: int, lanes: int) -> list[RowTile]:
     """The guess, then what lies around it and leaves each thread 1 to 64 elements."""
     found = [guess]
     for up in (0, -1, 1, 2):
         for wider in (0, -1, 1):
             rows, warps = int(guess.rows * 2.0**up), int(guess.warps * 2.0**wider)
             if least <= rows <= most and 1 <= warps <= 16:
-                held = rows * width / (warps * LANES)
+                held = rows * width / (warps * lanes)
                 found += [RowTile(rows, warps)] if 1 <= held <= 64 else []
     return list(dict.fromkeys(found))
 
@@ -57,18 +63,19 @@ def _height(rows: int, width: int, least: int, elements: int, spread: int) -> in
     return best
 
 
-def tiles(*, rows: int, width: int) -> list[RowTile]:
+def tiles(*, rows: int, width: int, lanes: int = LANES, spread: int = SPREAD) -> list[RowTile]:
     """For rows of `width` elements (a power of two) that need nothing of each other. Narrow rows
-    are taken 16 at a time, wide ones up to four; a warp has 512 elements, or more of wide rows."""
-    best = _height(rows, width, 1, max(min(16 * width, 4096), min(4 * width, 16384)), SPREAD)
-    warps = min(16, max(1, best * width // 512), max(4, width // 1024))
-    return _fitting(RowTile(best, warps), width, 1, 64)
+    are taken 16 at a time, wide ones up to four; a lane has 16 elements, or more of wide rows."""
+    best = _height(rows, width, 1, max(min(16 * width, 4096), min(4 * width, 16384)), spread)
+    warps = max(1, best * width // (16 * lanes)), max(128 // lanes, width // (32 * lanes))
+    return _fitting(RowTile(best, min(16, *warps)), width, 1, 64, lanes)
 
 
-def products(*, rows: int, width: int) -> list[RowTile]:
+def products(*, rows: int, width: int, lanes: int = LANES, spread: int = SPREAD) -> list[RowTile]:
     """For rows that go through a matrix unit, which takes 16 at least, and 64 with four warps at
     its best. Each program makes the other operand first, so they are spread less."""
-    return _fitting(RowTile(_height(rows, width, 16, 8192, SPREAD // 8), 4), width, 16, 128)
+    best = RowTile(_height(rows, width, 16, 8192, spread // 8), 4)
+    return _fitting(best, width, 16, 128, lanes)
 
 
 SPACES = {
@@ -104,3 +111,15 @@ def too_wide(width: int, what: str) -> str | None:
     if width <= WIDEST:
         return None
     return f"{what} is {width} wide; it takes up to {WIDEST}"
+
+
+def too_many(experts: int) -> str | None:
+    """Why a program cannot hold a number for each expert at once, or None."""
+    if experts <= MOST_EXPERTS:
+        return None
+    return f"there are {experts} experts; it takes up to {MOST_EXPERTS}"
+
+
+def wide_head(dim: int) -> str | None:
+    """Why a program cannot transform an indexer's heads, or None."""
+    return None if dim <= WIDEST_HEAD else f"heads have {dim} columns; it takes up to {WIDEST_HEAD}"

@@ -1,47 +1,10 @@
-"""sparse_mla and its gradients in plain torch, some queries at a time."""
+"""The gradients of sparse_mla in plain torch, some queries at a time."""
 
 import torch
 from torch import Tensor
 
 from dsa_hal.backends.portable.chunks import Limits, of_selection, resolved
 from dsa_hal.backends.portable.keys import Selection
-from dsa_hal.ops._attention import sunk
-
-
-def forward(
-    q: Tensor, kv: Tensor, indices: Tensor, *, softmax_scale: float, dim_v: int,
-    attn_sink: Tensor | None, topk_length: Tensor | None, limits: Limits,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """out, max_logits and lse of `sparse_mla`: scores and their softmax in fp32."""
-    (tokens, heads, dim), context, factors = q.shape, kv.shape[0], limits.factors(q.dtype)
-    out = torch.zeros(tokens, heads, dim_v, dtype=q.dtype, device=q.device)
-    top = torch.full((tokens, heads), -torch.inf, device=q.device)
-    lse = torch.full((tokens, heads), torch.inf, device=q.device)
-    ids = resolved(indices, topk_length)
-    chunks = of_selection(
-        ids, context, heads=heads, score=heads * (8 + factors.itemsize), limits=limits,
-        picked=dim * factors.itemsize + heads * (8 + factors.itemsize),
-        asked="sparse_mla: indices",
-    )  # fmt: skip
-    selection = Selection(ids, context, limits)
-    kept = selection.readable(kv) if chunks else kv
-    for chunk in chunks:
-        keys, allowed = selection.keys(kept, chunk), selection.allowed(chunk)
-        (scores,) = keys.against(q[chunk.rows].to(factors))
-        if allowed is None:
-            scores.mul_(softmax_scale)
-        else:
-            bias = torch.zeros(allowed.shape, device=q.device).masked_fill_(~allowed, -torch.inf)
-            torch.add(bias[:, None], scores, alpha=softmax_scale, out=scores)
-        most, share = scores.amax(-1), scores.softmax(-1)
-        nothing = most == -torch.inf
-        mean = keys.mixed(share.to(factors), dim_v).masked_fill_(nothing[..., None], 0)
-        log = most - share.amax(-1).log()  # the largest share is 1 / sum of exp(score - most)
-        log.masked_fill_(nothing, torch.inf)
-        out[chunk.rows] = sunk(mean, log, attn_sink)
-        top[chunk.rows], lse[chunk.rows] = most, log
-        del scores, share, keys  # before the next chunk's exist
-    return out, top, lse
 
 
 def backward(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsa_hal.autotune.space import Space
+from dsa_hal.autotune.space import Launched, Space
 from dsa_hal.ops.layout import SCALE, KVLayout
 
 BLOCK = 64
@@ -14,7 +14,7 @@ BLOCK = 64
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Launched):
     """Heads and keys of a tile, and warps of a program."""
 
     heads: int
@@ -109,7 +109,7 @@ def forward(
         HAS_LEN=topk_length is not None, HAS_SINK=attn_sink is not None,
         MATH={torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(math, tl.float32),
         PLANNED=schedule is not None, BW=max(1, 1 << (workers - 1).bit_length()), BLOCK=BLOCK,
-        num_warps=config.warps, num_stages=1,
+        num_stages=1, **config.options,
     )  # fmt: skip
     if splits > 1:
         join(part, part_lse, num_splits, sink, out, lse, splits)

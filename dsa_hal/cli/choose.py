@@ -16,6 +16,7 @@ from dsa_hal.case import Case, Inputs
 from dsa_hal.errors import Absent, BadInput, ConfigError
 from dsa_hal.registry import Impl, Op
 from dsa_hal.selection import OPS, selection, use
+from dsa_hal.target import Target
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> ConfigError:
@@ -61,13 +62,21 @@ def implementations(op: Op[..., Any], names: Sequence[str]) -> list[Impl[..., An
 
 
 @contextmanager
-def backend(name: str | None) -> Iterator[None]:
-    """The backend of --backend, or the one in force."""
+def target(name: str | None) -> Iterator[Target]:
+    """The target of --backend, or the one in force; it may be absent."""
     if name is None:
-        yield
+        yield selection().target
     else:
-        with use(backend=name):
-            yield
+        with use(backend=name) as chosen:
+            yield chosen.target
+
+
+@contextmanager
+def backend(name: str | None) -> Iterator[None]:
+    """As `target`, for those who execute: Absent is raised where its device is not here."""
+    with target(name) as found:
+        found.must_be_here()
+        yield
 
 
 # -- axes --------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     op = choose.ops([args.op])[0]
     case = _case(op, args)
-    with choose.backend(args.backend):
+    with choose.target(args.backend):
         verdicts, serves = _ask(op, case)
         if args.format == "json":
             print(output.as_json(_record(op, case, verdicts, serves)), end="")

@@ -2,33 +2,21 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
+import importlib
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from dsa_hal.target import Target
+from dsa_hal.target import Target, packages
 
 
 def versions(target: Target) -> dict[str, str]:
-    """torch, triton and the device's driver, as far as they are here."""
+    """torch, triton and the device's driver, as far as they are here: a backend says what its
+    driver is (`driver` of its package)."""
     found = {"torch": str(torch.__version__)}
     with suppress(PackageNotFoundError):
         found["triton"] = version("triton")
-    driver = _driver() if target.device == "cuda" else None
+    home = importlib.import_module(packages()[target.backend][0])
+    driver = home.driver() if hasattr(home, "driver") and not target.absent else None
     return found if driver is None else {**found, "driver": driver}
-
-
-def _driver() -> str | None:
-    """The NVIDIA driver's version; None where its tool is not installed or does not answer."""
-    tool = shutil.which("nvidia-smi")
-    if tool is None:
-        return None
-    ask = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(ask, capture_output=True, text=True, timeout=20, check=False)
-    except subprocess.TimeoutExpired:
-        return None
-    return answer.stdout.split("\n")[0].strip() or None

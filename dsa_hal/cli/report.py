@@ -1,9 +1,10 @@
 """What the sparse attention of a checkpoint costs: in quality, on text it was not trained on, and
-in time, by position.
+in time, by position. And what was proved of the ops.
 
   dsa-hal report quality --plot quality.png --json quality.json
   dsa-hal report quality --model DeepSeek-V3.2-Exp --text mine.jsonl --parts perplexity,recall
   dsa-hal report cost --published --plot cost.png --json cost.json
+  dsa-hal report proof
 
 perplexity: of dense attention, of DSA, of DSA in FP8, and, to show what the indexer is worth, of
 the latest and of random keys in place of those it selects. Unquantised weights are those of
@@ -22,6 +23,9 @@ cost: one layer with its own weights (or, with --published, one of DeepSeek-V3.2
 and caches of random content, at each position: a prefill step that ends there, and decoding of a
 batch. Without sparse attention the layer expands its latents in prefill and decodes in the absorbed
 form over bf16 latents.
+
+proof: which ops were compared with their references on which target, on a device, in an interpreter
+or by compilation alone, from the results kept in this checkout.
 """
 
 from __future__ import annotations
@@ -30,7 +34,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from dsa_hal.cli import choose, cost, output
+from dsa_hal.cli import choose, cost, output, proof
 from dsa_hal.errors import Absent, BadInput
 from dsa_hal.model.builtin import HELDOUT, builtin_checkpoint
 from dsa_hal.model.quality.perplexity import Perplexity
@@ -39,7 +43,7 @@ from dsa_hal.model.quality.report import PARTS, Plan, Quality, Subject, measure,
 from dsa_hal.model.quality.selectors import label
 from dsa_hal.selection import Unsupported, current
 
-REPORTS = ("quality", "cost")
+REPORTS = ("quality", "cost", "proof")
 CONTEXT, WINDOWS, SAMPLES = 4096, 3, 2
 DEPTHS = (0, 25, 50, 75, 100)
 
@@ -53,6 +57,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--json", type=Path, metavar="FILE", help="write all results there")
     add("--plot", type=Path, metavar="FILE.png", help="draw them there; needs matplotlib")
     cost.arguments(parser)
+    proof.arguments(parser)
     add = parser.add_argument_group("quality").add_argument
     add("--unquantised", type=Path, metavar="DIR",
         help="what to compare FP8 weights with; default: the same, multiplied out")  # fmt: skip
@@ -78,6 +83,8 @@ def run(args: argparse.Namespace) -> int:
         output.must_be_writable(path)
     if args.report == "cost":
         return cost.run(args)
+    if args.report == "proof":
+        return proof.run(args)
     draw = choose.picture("picture", "quality") if args.plot is not None else None
     asked, wanted, text = _request(args)
     results = _on_each_backend(args.backend, asked, wanted)

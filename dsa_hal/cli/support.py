@@ -27,7 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     names = [op.name for op in choose.ops(args.ops)]
-    with choose.backend(args.backend):
+    with choose.target(args.backend):
         found = support(*names)
         if args.format == "json":
             print(output.as_json(records(found)), end="")

@@ -3,6 +3,11 @@
 Twists: fences around every tensor, bitwise repeats, strided inputs, NaN in all that must not be
 read and in fresh memory. Exit code 1 if a row fails. With --jobs every implementation of an op has
 a process of its own, so that one which takes its process down, or hangs, fails alone.
+
+With --interpret no device is wanted: the implementations of a target that are made of Triton's
+programs or of torch's operations run on the processor, the former in Triton's interpreter. All
+twists are in two calls then, the second with the programs in reverse order; every address is
+checked. What only a compiler or a device does wrong does not show.
 """
 
 from __future__ import annotations
@@ -13,15 +18,32 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
+from dsa_hal.backends.portable import interpreter
 from dsa_hal.case import Case
 from dsa_hal.cli import choose, output
 from dsa_hal.errors import BadInput
-from dsa_hal.matrix import DEFAULT_RUN, Limit, Outcome, Row, attempt, rows
+from dsa_hal.matrix import (
+    DEFAULT_RUN,
+    INTERPRETED,
+    Limit,
+    Outcome,
+    Row,
+    attempt,
+    judge_at_once,
+    rows,
+)
 from dsa_hal.registry import Op
-from dsa_hal.selection import current, selection
+from dsa_hal.selection import current, selection, use
+from dsa_hal.target import stand_in
+
+COLUMNS = ("target", "op", "impl", "case", "status", "detail")
+"""Of the CSV; the committed results in ci/support are made of it."""
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +53,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
                         help="these cases alone, whatever they cost")  # fmt: skip
     parser.add_argument("--max-gflop", type=choose.real(0), metavar="X",
                         help=f"leave out costlier cases; default {DEFAULT_RUN.flop / 1e9:g}, and"
-                        f" {DEFAULT_RUN.bytes / 1e6:g} MB")  # fmt: skip
+                        f" {DEFAULT_RUN.bytes / 1e6:g} MB; interpreted {INTERPRETED.flop / 1e9:g},"
+                        f" and {INTERPRETED.bytes / 1e6:g} MB, or {INTERPRETED.products / 1e6:g}"
+                        " of products")  # fmt: skip
     parser.add_argument("--repeats", type=choose.whole(1), default=1, metavar="N",
                         help="calls that must agree to the bit where that is promised, beside the"
                         " first; default 1")  # fmt: skip
@@ -40,7 +64,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--patience", type=choose.real(0, above=True), default=600,
                         metavar="SECONDS",
                         help="what a process of --jobs may take; default 600")  # fmt: skip
-    parser.add_argument("--backend", metavar="NAME", help="instead of DSA_HAL_BACKEND's")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--backend", metavar="NAME", help="instead of DSA_HAL_BACKEND's")
+    where.add_argument("--interpret", metavar="TARGET",
+                       help="interpret this target's programs here, as in rocm:gfx950")  # fmt: skip
     parser.add_argument("--format", choices=output.FORMATS, default="table")
 
 
@@ -50,24 +77,48 @@ def run(args: argparse.Namespace) -> int:
     for name in args.case:
         if name not in known:
             raise choose.unknown("case", name, known)
-    limit = DEFAULT_RUN if args.max_gflop is None else Limit(flop=args.max_gflop * 1e9)
-    with choose.backend(args.backend):
-        chosen = _chosen(ops, args.impl, limit, args.case)
+    usual = DEFAULT_RUN if args.interpret is None else INTERPRETED
+    limit = usual if args.max_gflop is None else Limit(flop=args.max_gflop * 1e9)
+    with _target(args):
+        chosen = _chosen(ops, args, limit)
         if not chosen:
             raise BadInput(f"nothing to judge on {current()}: no implementation has such a case")
         began = time.monotonic()
-        judged = _judge_all(chosen, args.repeats) if args.jobs is None else _apart(chosen, args)
+        judged = _judge_all(chosen, args) if args.jobs is None else _apart(chosen, args)
         _report(judged, args.format)
         counts = Counter(outcome.status for _, outcome in judged)
         words = ", ".join(f"{counts[status]} {status}" for status in ("ok", "refused", "failed"))
         took = output.duration(time.monotonic() - began)
-        output.note(f"\n{words} on {current()} in {took}{_left_out(ops, chosen, args)}")
+        how = ", interpreted," if args.interpret else ""
+        output.note(f"\n{words} on {current()}{how} in {took}{_left_out(ops, chosen, args)}")
     return 1 if counts["failed"] else 0
 
 
-def _chosen(ops: list[Op[..., Any]], impl: str | None, limit: Limit, cases: list[str]) -> list[Row]:
-    """Rows of the matrix; a named implementation that cannot be used here is an error."""
-    chosen = list(rows(ops, limit, cases))
+@contextmanager
+def _target(args: argparse.Namespace) -> Iterator[None]:
+    if args.interpret is None:
+        with choose.backend(args.backend):
+            yield
+    else:
+        target = stand_in(args.interpret, "cpu")
+        interpreter.start()
+        with use(target=target):
+            yield
+
+
+def _rows(
+    ops: list[Op[..., Any]], args: argparse.Namespace, limit: Limit, cases: list[str]
+) -> list[Row]:
+    """Rows of the matrix; under --interpret, of what runs there."""
+    found = list(rows(ops, limit, cases))
+    if args.interpret is None:
+        return found
+    return [row for row in found if interpreter.can_run(row.impl)]
+
+
+def _chosen(ops: list[Op[..., Any]], args: argparse.Namespace, limit: Limit) -> list[Row]:
+    """What is judged; a named implementation that cannot be used here is an error."""
+    chosen, impl = _rows(ops, args, limit, args.case), args.impl
     if impl is None:
         return chosen
     named = [i for op in ops for i in op.implementations(current()) if i.name == impl]
@@ -86,12 +137,13 @@ def _chosen(ops: list[Op[..., Any]], impl: str | None, limit: Limit, cases: list
     return mine
 
 
-def _judge_all(chosen: list[Row], repeats: int) -> list[tuple[Row, Outcome]]:
+def _judge_all(chosen: list[Row], args: argparse.Namespace) -> list[tuple[Row, Outcome]]:
     """Judge row by row; the traceback of what an implementation raises goes to stderr."""
     judged = []
+    how = partial(judge_at_once, order=interpreter.backwards) if args.interpret else None
     with output.progress("judging") as step:
         for at, row in enumerate(chosen):
-            outcome = attempt(row, repeats)
+            outcome = attempt(row, args.repeats, how)
             if outcome.trace:
                 output.note(f"{row.id}:\n{outcome.trace}")
             judged.append((row, outcome))
@@ -104,10 +156,11 @@ def _apart(chosen: list[Row], args: argparse.Namespace) -> list[tuple[Row, Outco
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in chosen:
         groups.setdefault((row.op.name, row.impl.name), []).append(row)
-    backend = current().backend
     judged: list[tuple[Row, Outcome]] = []
     with output.progress("judging") as step, ThreadPoolExecutor(args.jobs) as pool:
-        tasks = [pool.submit(_in_a_process, rows, backend, args) for rows in groups.values()]
+        tasks = [
+            pool.submit(_in_a_process, rows, current().backend, args) for rows in groups.values()
+        ]
         for task in tasks:
             judged += task.result()
             step(len(judged), len(chosen))
@@ -121,7 +174,8 @@ def _in_a_process(
     first = rows[0]
     command = [
         sys.executable, "-m", "dsa_hal", "test", first.op.name, "--impl", first.impl.name,
-        "--backend", backend, "--format", "json", "--repeats", str(args.repeats),
+        "--format", "json", "--repeats", str(args.repeats),
+        *(("--interpret", args.interpret) if args.interpret else ("--backend", backend)),
         "--case", *(row.case.name for row in rows),
     ]  # fmt: skip
     try:
@@ -160,7 +214,7 @@ def _report(judged: list[tuple[Row, Outcome]], form: str) -> None:
         }
         for row, outcome in judged
     ]
-    text = output.as_json(records) if form == "json" else output.as_csv(tuple(records[0]), records)
+    text = output.as_json(records) if form == "json" else output.as_csv(COLUMNS, records)
     print(text, end="")
 
 
@@ -194,10 +248,14 @@ def _axes(case: Case) -> str:
 def _left_out(ops: list[Op[..., Any]], judged: list[Row], args: argparse.Namespace) -> str:
     """What was not judged and why, for the closing line."""
     words = ""
-    served = {row.op.name for row in rows(ops, Limit())}
-    if costly := sum(args.impl in (None, r.impl.name) for r in rows(ops, Limit(), args.case)) - len(
-        judged
-    ):
+    everything = _rows(ops, args, Limit(), [])
+    served = {row.op.name for row in everything}
+    asked = [
+        row
+        for row in everything
+        if args.impl in (None, row.impl.name) and (not args.case or row.case.name in args.case)
+    ]
+    if costly := len(asked) - len(judged):
         words += f"; {costly} costlier left out (--max-gflop)"
     if nobody := [op.name for op in ops if op.name not in served]:
         words += f"; nothing serves {', '.join(nobody)}"

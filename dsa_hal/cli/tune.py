@@ -5,6 +5,7 @@ with which configuration of its kernels; later selections ask the table.
   dsa-hal tune topk fp8_gemm --case decode_8k prefill_8k
   dsa-hal tune sparse_mla --impl triton gluon --most 8
   dsa-hal tune --derive "NVIDIA H800" --input h200.yaml --output h800.yaml
+  DSA_HAL_TARGET=rocm:gfx950 dsa-hal tune --static --output gfx950.yaml
 
 Calls are the true shapes of the model, or --case. Every configuration is checked against the
 reference before it is timed. Several runs may share a device: they take turns at timing. The table
@@ -15,13 +16,18 @@ stays. Exit code 1 if a configuration failed or was wrong.
 architecture, marked as derived. The order of implementations and the configurations are kept: all
 contenders of a call move the same bytes and do the same arithmetic, so that a slower memory or
 clock adds the same time to each.
+
+--static measures nothing either and needs no device: every configuration is compiled for the target
+in force, one that spills registers or exceeds its memory is refused, and a model of the rest, of
+their machine code and of the peaks that the target's maker publishes, gives the times. The table is
+marked as static; what a device measures replaces it.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +39,8 @@ from dsa_hal.errors import BadInput
 from dsa_hal.facts import Described
 from dsa_hal.matrix import wanted
 from dsa_hal.registry import Op
-from dsa_hal.selection import selection
-from dsa_hal.target import Target
+from dsa_hal.selection import selection, use
+from dsa_hal.target import Target, stand_in
 
 MOST = 24
 
@@ -63,14 +69,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", metavar="NAME", help="instead of DSA_HAL_BACKEND's")
     parser.add_argument("--output", type=Path, metavar="FILE",
                         help="the table to write; default: this user's own")  # fmt: skip
+    parser.add_argument("--static", action="store_true",
+                        help="compile and choose by a model; no device is needed")  # fmt: skip
     parser.add_argument("--derive", metavar="DEVICE", help="copy a table for another device")
     parser.add_argument("--input", type=Path, metavar="FILE",
                         help="the table that --derive reads; default: this user's own")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> int:
-    with choose.backend(args.backend):
-        target = selection().target
+    with choose.target(args.backend) as target:
         own = store.user_file(target)
         if args.derive is not None:
             if args.output is None:
@@ -81,15 +88,21 @@ def run(args: argparse.Namespace) -> int:
         for name in args.case:
             if name not in known:
                 raise choose.unknown("case", name, known)
+        if not args.static:
+            target.must_be_here()
         if args.output is None:
             own.parent.mkdir(parents=True, exist_ok=True)
         output.must_be_writable(args.output or own)
         failed = False
         for op in ops:
             cases = [c for c in op.cases if (c.name in args.case if args.case else c.model)]
-            races = list(_races(op, cases, args.impl, own.with_suffix(".lock"), args.most))
+            if args.static:
+                races = _modelled(op, cases, args.impl, args.most)
+            else:
+                races = _races(op, cases, args.impl, own.with_suffix(".lock"), args.most)
             if any(race.times for race in races):
-                store.keep(args.output or own, target, op.name, _entry(op, target, races))
+                entry = _entry(op, target, races)
+                store.keep(args.output or own, target, op.name, entry, static=args.static)
             failed |= _report(op, races)
         output.note(f"written to {args.output or own}")
     return int(failed)
@@ -107,6 +120,34 @@ def _races(
             inputs = case.make(op.inputs, device)
             search = Search(op, inputs, wanted(op, inputs), device, lock, most)
             races.append(Race(case.name, op.described(**inputs), search.race(impls)))
+            step(at + 1, len(cases))
+    return races
+
+
+def _modelled(
+    op: Op[..., Any], cases: Sequence[Case], names: Sequence[str], most: int
+) -> list[Race]:
+    """As `_races`, by the model: on a target without a device, launches are only recorded."""
+    from dsa_hal.autotune import static
+    from dsa_hal.backends.portable import compiled, launches
+
+    target = selection().target
+    assert target.limits is not None
+
+    def programs(run: Callable[[], object]) -> list[tuple[Any, Any]]:
+        """What a call launches, and what the compiler makes of it."""
+        with launches.recorded(target.arch) as found:
+            run()
+        return [(launch, compiled.metrics(launch, target.arch)) for launch in found]
+
+    impls = [i for i in selection().candidates(op)[0] if not names or i.name in names]
+    races = []
+    with use(target=stand_in(str(target), "meta")), output.progress(f"tuning {op.name}") as step:
+        impls = [i for i in op.implementations(target) if i.name in {one.name for one in impls}]
+        for at, case in enumerate(cases if impls else ()):
+            inputs = case.make(op.inputs, "meta")
+            found = static.race(op, impls, inputs, programs, target.limits, most)
+            races.append(Race(case.name, op.described(**inputs), found))
             step(at + 1, len(cases))
     return races
 
@@ -140,7 +181,7 @@ def _report(op: Op[..., Any], races: Sequence[Race]) -> bool:
 
 
 def _words(config: Any) -> str:
-    return " ".join(f"{name}={value}" for name, value in vars(config).items())
+    return " ".join(f"{name}={value}" for name, value in asdict(config).items())
 
 
 def _derive(device: str, source: Path, path: Path) -> int:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dsa_hal.backends.cuda._adapters._library import dense
+from dsa_hal.backends.portable.library import dense
 from dsa_hal.ops.gemm import fp8_gemm
 
 ROWS = 4

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dsa_hal.backends.cuda._adapters._library import accepts, dense, imported, rows_dense
+from dsa_hal.backends.portable.library import accepts, dense, imported, rows_dense
 from dsa_hal.ops.gemm import fp8_gemm, grouped_fp8_gemm, grouped_fp8_gemm_masked
 from dsa_hal.ops.indexer import indexer_logits, indexer_logits_paged
 from dsa_hal.ops.layout import KVLayout

@@ -8,7 +8,7 @@ the result after: a pass over the scores, and some over the columns, that its ow
 import torch
 from torch import Tensor
 
-from dsa_hal.backends.cuda._adapters._library import imported
+from dsa_hal.backends.portable.library import imported
 from dsa_hal.ops.select import topk
 
 MAX_K = 2048

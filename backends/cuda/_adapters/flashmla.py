@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from dsa_hal.backends.cuda._adapters._library import accepts, dense, imported, rows_dense
+from dsa_hal.backends.portable.library import accepts, dense, imported, rows_dense
 from dsa_hal.ops.attention import sparse_mla, sparse_mla_paged
 
 NEEDS = ("flash-mla>=1.0 | sgl-flash-mla>=1.0",)

@@ -30,6 +30,11 @@ constexpr int STORE_AT = SCALES_AT + STAGES * MT * 4;
 constexpr int STORE_BYTES = SPLIT == 1 && OUT != 2 ? WGS * MT * 128 : 0;
 constexpr int BARRIERS_AT = STORE_AT + STORE_BYTES;
 constexpr int REGS = MT / 2;
+// Few registers are in use with few rows: blocks of k are unrolled, and scales of rows are read while
+// the matrix unit works.
+constexpr bool AMPLE = MT <= 64 && (BLOCKS == 1 || WGS == 1);
+constexpr int UNROLLED = AMPLE ? 4 : 1;
+constexpr int SOON = AMPLE ? MT / 8 : 1;
 constexpr int PITCH = NT + 4;  // floats between rows of a part: keeps banks apart
 static_assert(SPLIT == 1 || MT * PITCH * 4 <= SCALES_AT, "a part takes the place of the stages");
 
@@ -142,7 +147,9 @@ __device__ __forceinline__ void store_tile(const Args& args, Out* out, const Til
 
 __device__ __forceinline__ void consume(const Args& args, Out* out, unsigned char* memory,
                                         unsigned shared, int first, int step, int begin, int end) {
-    const int lane = threadIdx.x % 32, group = threadIdx.x / 128;
+    const int lane = threadIdx.x % 32;
+    // Known to be one for the warp: what follows from it stays in registers of the whole warp.
+    const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);
     const int tiles = tile_count(args);
     int stage = 0, phase = 0;
     for (int at = first; at < tiles; at += step) {
@@ -152,12 +159,14 @@ __device__ __forceinline__ void consume(const Args& args, Out* out, unsigned cha
         if (!tile.idle && begin < end) {
             const float* scales = args.b_scale + tile.group * args.b_scale_group +
                                   min(own, args.n - 1) / BLOCK * args.b_scale_row;
-            float next = load_early(scales + begin);
+            float held = 0;  // lane i has the scale of the i-th of 32 blocks
+#pragma unroll UNROLLED
             for (int block = begin; block < end; ++block) {
+                const int inside = (block - begin) % 32;
+                if (inside == 0) held = load_early(scales + min(block + lane, end - 1));
                 const unsigned full = shared + BARRIERS_AT + stage * 16;
                 const unsigned from = shared + stage * STAGE_BYTES;
-                const float scale = next;
-                next = load_early(scales + min(block + 1, end - 1));
+                const float scale = __shfl_sync(~0u, held, inside);
                 barrier_wait(full, phase);
                 float part[REGS];
                 const auto left = tile_descriptor(from + group * 64 * BLOCK);
@@ -167,21 +176,24 @@ __device__ __forceinline__ void consume(const Args& args, Out* out, unsigned cha
                 for (int step = 0; step < BLOCK / 32; ++step)
                     Mma<MT>::run(part, left + step * 2, right + step * 2, step);
                 mma_end();
-                mma_wait<0>();
-                mma_touch(part);
                 const float2* row_scales =
                     reinterpret_cast<const float2*>(memory + SCALES_AT + stage * MT * 4) + lane % 4;
+                float2 soon[SOON];
+                if (AMPLE)
+#pragma unroll
+                    for (int j = 0; j < SOON; ++j) soon[j] = row_scales[j * 4];
+                mma_wait<0>();
+                mma_touch(part);
 #pragma unroll
                 for (int j = 0; j < MT / 8; ++j) {
-                    const float2 both = row_scales[j * 4];
+                    const float2 both = AMPLE ? soon[j % SOON] : row_scales[j * 4];
                     const float even = both.x * scale, odd = both.y * scale;
                     sum[j * 4] += part[j * 4] * even;
                     sum[j * 4 + 1] += part[j * 4 + 1] * odd;
                     sum[j * 4 + 2] += part[j * 4 + 2] * even;
                     sum[j * 4 + 3] += part[j * 4 + 3] * odd;
                 }
-                __syncwarp();
-                if (lane == 0) barrier_arrive(full + 8);
+                barrier_arrive(full + 8);  // every lane has read
                 if (++stage == STAGES) stage = 0, phase ^= 1;
             }
         }
@@ -202,7 +214,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + PRODUCERS, BLOCKS)
         copy_prepare(&rows);
         for (int stage = 0; stage < STAGES; ++stage) {
             barrier_init(shared + BARRIERS_AT + stage * 16, 1 + 32);
-            barrier_init(shared + BARRIERS_AT + stage * 16 + 8, CONSUMERS / 32);
+            barrier_init(shared + BARRIERS_AT + stage * 16 + 8, CONSUMERS);
         }
         barrier_init_done();
     }

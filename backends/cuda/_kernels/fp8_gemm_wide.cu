@@ -1,16 +1,23 @@
 // Products of many rows of FP8 activations with FP8 weights, both with block scales.
 //
-// A block computes 128 rows and WAVES times 128 columns, two warpgroups 64 rows each. Each 128 of k are
-// multiplied into registers of their own and added in fp32 with both scales. A producer fills a ring of
-// stages with the copy engine; scales are read by those who need them, one block of k ahead.
+// A block computes 128 rows and WAVES times WIDTH columns, two warpgroups 64 rows each. Each 128 of k
+// are multiplied into registers of their own and added in fp32 with both scales. A producer fills a
+// ring of stages with the copy engine; scales are read by those who need them, one block of k ahead.
+//
+// What a group does between two products is time that the matrix unit may lose. So blocks of k are
+// unrolled: the wait for a stage begins before the last part is added, and addresses are computed
+// for the whole warp.
 //
 // PAIR = 2: two blocks of a cluster take neighbouring rows, each copies half of the weights, to both.
 //
-// Macros: WAVES, STAGES, PAIR, AHEAD (2, with one wave: a group's next products are under way while it
-// adds the last ones), and those of gemm_tiles.cuh.
+// Macros: WAVES, WIDTH (128, or 192 with one wave), STAGES, PAIR, AHEAD (2, with one wave of 128: a
+// group's next products are under way while it adds the last ones), and those of gemm_tiles.cuh.
 
 constexpr int MT = 128;
-constexpr int NT = WAVES * 128;
+constexpr int NT = WAVES * WIDTH;
+constexpr int REGS = WIDTH / 2;
+// Columns' scales change at multiples of 128, and a tile may begin between two.
+constexpr int PARTS = WIDTH % 128 ? WIDTH / 64 : WIDTH / 128;
 constexpr int HEIGHT = MT * PAIR;
 
 #include "gemm_tiles.cuh"
@@ -63,13 +70,13 @@ __device__ __forceinline__ void multiply(float (&part)[REGS], unsigned left, uns
 
 // The scales of one block of k: of a thread's two rows, and of each wave's columns.
 struct Scales {
-    float upper, lower, weights[WAVES];
+    float upper, lower, weights[WAVES][PARTS];
 };
 
 // Where a tile's scales lie, for one thread. Rows beyond the tile's are clamped: nothing of them is
 // stored.
 struct Scaling {
-    const float *upper, *lower, *weights[WAVES];
+    const float *upper, *lower, *weights[WAVES][PARTS];
 
     __device__ __forceinline__ Scaling(const Args& args, const Tile& tile) {
         const int row = tile.row + threadIdx.x / 32 * 16 + threadIdx.x % 32 / 4;
@@ -79,8 +86,11 @@ struct Scaling {
         lower = rows + min(row + 8, last) * args.a_scale_row;
 #pragma unroll
         for (int wave = 0; wave < WAVES; ++wave)
-            weights[wave] = args.b_scale + tile.group * args.b_scale_group +
-                            min(tile.column + wave * WIDTH, args.n - 1) / BLOCK * args.b_scale_row;
+#pragma unroll
+            for (int part = 0; part < PARTS; ++part)
+                weights[wave][part] = args.b_scale + tile.group * args.b_scale_group +
+                                      min(tile.column + wave * WIDTH + part * (WIDTH / PARTS),
+                                          args.n - 1) / BLOCK * args.b_scale_row;
     }
 
     __device__ __forceinline__ Scales at(int block) const {
@@ -88,22 +98,46 @@ struct Scaling {
         scales.upper = load_early(upper + block), scales.lower = load_early(lower + block);
 #pragma unroll
         for (int wave = 0; wave < WAVES; ++wave)
-            scales.weights[wave] = load_early(weights[wave] + block);
+#pragma unroll
+            for (int part = 0; part < PARTS; ++part)
+                scales.weights[wave][part] = load_early(weights[wave][part] + block);
         return scales;
     }
 };
 
-__device__ __forceinline__ void add(float (&sum)[REGS], float (&part)[REGS], const Scales& scales,
+// A product that stays where it is written: the compiler would move it before the matrix unit starts.
+__device__ __forceinline__ float multiplied(float a, float b) {
+    float product;
+    asm volatile("mul.rn.f32 %0, %1, %2;" : "=f"(product) : "f"(a), "f"(b));
+    return product;
+}
+
+// What the sums of a thread's two rows are multiplied with.
+struct Factors {
+    float upper[WAVES][PARTS], lower[WAVES][PARTS];
+
+    __device__ __forceinline__ explicit Factors(const Scales& scales) {
+#pragma unroll
+        for (int wave = 0; wave < WAVES; ++wave)
+#pragma unroll
+            for (int i = 0; i < PARTS; ++i) {
+                upper[wave][i] = multiplied(scales.upper, scales.weights[wave][i]);
+                lower[wave][i] = multiplied(scales.lower, scales.weights[wave][i]);
+            }
+    }
+};
+
+__device__ __forceinline__ void add(float (&sum)[REGS], float (&part)[REGS], const Factors& factors,
                                     int wave) {
     mma_touch(part);
-    const float high = scales.upper * scales.weights[wave];
-    const float low = scales.lower * scales.weights[wave];
 #pragma unroll
     for (int i = 0; i < REGS; i += 4) {
-        sum[i] += part[i] * high;
-        sum[i + 1] += part[i + 1] * high;
-        sum[i + 2] += part[i + 2] * low;
-        sum[i + 3] += part[i + 3] * low;
+        const float upper = factors.upper[wave][i / (REGS / PARTS)];
+        const float lower = factors.lower[wave][i / (REGS / PARTS)];
+        sum[i] += part[i] * upper;
+        sum[i + 1] += part[i + 1] * upper;
+        sum[i + 2] += part[i + 2] * lower;
+        sum[i + 3] += part[i + 3] * lower;
     }
 }
 
@@ -115,7 +149,7 @@ __device__ __forceinline__ void release(unsigned empty) {
 
 __device__ __forceinline__ void consume(const Args& args, Out* out, unsigned shared, int rank,
                                         int first, int step) {
-    const int group = threadIdx.x / 128;
+    const int group = __shfl_sync(~0u, threadIdx.x / 128, 0);  // one number for the warp
     const int tiles = tile_count(args);
     int stage = 0, phase = 0;
     const auto enter = [&] { barrier_wait(shared + BARRIERS_AT + stage * 16, phase); };
@@ -138,20 +172,22 @@ __device__ __forceinline__ void consume(const Args& args, Out* out, unsigned sha
             const Scaling scaling(args, tile);
             Scales next = scaling.at(0);
             // Those of a block of k, and the next ones are asked for.
-            const auto scales = [&](int block) {
-                const Scales now = next;
+            const auto factors = [&](int block) {
+                const Factors now(next);
                 next = scaling.at(min(block + 1, last));
                 return now;
             };
             // No branch stands between a product's start and the wait for it: the compiler would
             // wait at once.
             if constexpr (AHEAD == 1) {
+#pragma unroll 4
                 for (int block = 0; block <= last; ++block) {
-                    const Scales now = scales(block);
                     enter();
+                    start(parts[0], 0);
+                    const Factors now = factors(block);
 #pragma unroll
                     for (int wave = 0; wave < WAVES; ++wave) {
-                        start(parts[0], wave);
+                        if (wave > 0) start(parts[0], wave);
                         mma_wait<0>();
                         if (wave == WAVES - 1) release(leave());
                         add(sum[wave], parts[0], now, wave);
@@ -160,7 +196,7 @@ __device__ __forceinline__ void consume(const Args& args, Out* out, unsigned sha
             } else {
                 // Even blocks of k in the first part, odd ones in the second.
                 int block = 0;
-                Scales now = scales(0);
+                Factors now = factors(0);
                 enter();
                 start(parts[0], 0);
                 for (; block + 1 < last; block += 2) {
@@ -172,7 +208,7 @@ __device__ __forceinline__ void consume(const Args& args, Out* out, unsigned sha
                         mma_wait<1>();
                         release(empty);
                         add(sum[0], parts[odd], now, 0);
-                        now = scales(block + odd + 1);
+                        now = factors(block + odd + 1);
                     }
                 }
                 if (block < last) {
@@ -184,7 +220,7 @@ __device__ __forceinline__ void consume(const Args& args, Out* out, unsigned sha
                     add(sum[0], parts[0], now, 0);
                     mma_wait<0>();
                     release(leave());
-                    add(sum[0], parts[1], next, 0);
+                    add(sum[0], parts[1], Factors(next), 0);
                 } else {
                     mma_wait<0>();
                     release(leave());
@@ -194,7 +230,7 @@ __device__ __forceinline__ void consume(const Args& args, Out* out, unsigned sha
         }
 #pragma unroll
         for (int wave = 0; wave < WAVES; ++wave)
-            store_wave(args, out, tile, sum[wave], tile.column + wave * WIDTH, shared);
+            store_rows(args, out, tile, sum[wave], tile.column + wave * WIDTH, shared);
     }
 }
 

@@ -12,7 +12,9 @@
 #endif
 
 constexpr int MT = 128;
-constexpr int NT = WAVES * 128;
+constexpr int WIDTH = 128;
+constexpr int REGS = WIDTH / 2;
+constexpr int NT = WAVES * WIDTH;
 constexpr int HEIGHT = MT;
 
 #include "gemm_tiles.cuh"
@@ -86,7 +88,7 @@ __device__ __forceinline__ void consume(const Args& args, Out* out, unsigned sha
 #pragma unroll
         for (int wave = 0; wave < WAVES; ++wave) {
             mma_touch(sum[wave]);
-            store_wave(args, out, tile, sum[wave], tile.column + wave * WIDTH, shared);
+            store_rows(args, out, tile, sum[wave], tile.column + wave * WIDTH, shared);
         }
     }
 }

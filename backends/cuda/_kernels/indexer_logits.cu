@@ -6,9 +6,11 @@
 // of one half, the matrix unit makes those of the other. Three warps write -inf where no row of a block
 // has a range.
 //
-// Macros: HEADS (32 or 64), STAGES.
+// Macros: HEADS (32 or 64), STAGES, PART (0: all tiles; 1: a sample of them, whose scores lie side by
+// side; 2: the others, of whose scores only those that reach their row's floor are kept, in lists).
 
 #include "indexer_logits.cuh"
+#include "indexer_parts.cuh"
 
 constexpr int HALF = 128;                  // columns of one product
 constexpr int ROWS = 4 * HALF / HEADS;     // of a block of queries
@@ -24,17 +26,27 @@ struct Args {
     const float* weights;
     const int* starts;
     const int* ends;
+    const int* chosen;  // how many blocks of queries are wanted, and their numbers; null: all are
+    const Guess* guesses;  // of PART 2, as are:
+    int *counts, *lost;
     long long weights_row, out_row;  // strides
     int rows, context, clean;  // clean: -inf is wanted wherever a row has no range
+    int from, most;  // which of those chosen is the first, and how many there is room for
 };
 
-struct Span {
-    int first, last;  // tiles
-};
+// How many blocks of queries there are, and where one's rows begin.
+__device__ __forceinline__ int blocks_of(const Args& args) {
+    if (args.chosen) return max(0, min(args.chosen[0] - args.from, args.most));
+    return (args.rows + ROWS - 1) / ROWS;
+}
+
+__device__ __forceinline__ int row_of(const Args& args, int block) {
+    return (args.chosen ? args.chosen[1 + args.from + block] : block) * ROWS;
+}
 
 // The tiles that some row of a block of queries needs; a warp together.
 __device__ __forceinline__ Span span_of(const Args& args, int block) {
-    const int row = block * ROWS + threadIdx.x % 32;
+    const int row = row_of(args, block) + threadIdx.x % 32;
     int low = args.context, high = 0;
     if (threadIdx.x % 32 < ROWS && row < args.rows) {
         const int start = max(args.starts[row], 0), end = min(args.ends[row], args.context);
@@ -42,27 +54,31 @@ __device__ __forceinline__ Span span_of(const Args& args, int block) {
     }
     low = __reduce_min_sync(~0u, low);
     high = __reduce_max_sync(~0u, high);
-    return low < high ? Span{low / KEYS, (high + KEYS - 1) / KEYS} : Span{0, 0};
+    return low < high ? part(low / KEYS, (high + KEYS - 1) / KEYS) : Span{0, 0};
 }
 
 // The same number by one thread.
 __device__ __forceinline__ int tiles_of(const Args& args, int block) {
     int low = args.context, high = 0;
-    for (int row = block * ROWS; row < min(block * ROWS + ROWS, args.rows); ++row) {
+    const int first = row_of(args, block);
+    for (int row = first; row < min(first + ROWS, args.rows); ++row) {
         const int start = max(args.starts[row], 0), end = min(args.ends[row], args.context);
         if (start < end) low = min(low, start), high = max(high, end);
     }
-    return low < high ? (high + KEYS - 1) / KEYS - low / KEYS : 0;
+    if (low >= high) return 0;
+    const Span span = part(low / KEYS, (high + KEYS - 1) / KEYS);
+    return span.last - span.first;
 }
 
-// Calls `each(block, first tile, last tile)` for the pieces of a stretch; a warp together.
+// Calls `each(block, first tile, last tile, tiles of the block before these)` for the pieces of a
+// stretch; a warp together.
 template <typename F>
 __device__ __forceinline__ void walk(const Args& args, Stretch stretch, F each) {
     int block = stretch.group, skip = stretch.tile;
     for (int left = stretch.left; left > 0; ++block) {
         const Span span = span_of(args, block);
         const int count = min(span.last - span.first - skip, left);
-        if (count > 0) each(block, span.first + skip, span.first + skip + count);
+        if (count > 0) each(block, span.first + skip, span.first + skip + count, skip);
         left -= count;
         skip = 0;
     }
@@ -71,7 +87,7 @@ __device__ __forceinline__ void walk(const Args& args, Stretch stretch, F each) 
 // Moves a block's weights to L2, where they are when the computing warpgroups ask for them.
 __device__ __forceinline__ void prefetch_weights(const Args& args, int block) {
     constexpr int LINES = HEADS * 4 / 128;  // of a row
-    const int row = block * ROWS + threadIdx.x % 32 / LINES;
+    const int row = row_of(args, block) + threadIdx.x % 32 / LINES;
     if (threadIdx.x % 32 < ROWS * LINES && row < args.rows)
         asm volatile("prefetch.global.L2 [%0];" ::"l"(args.weights + row * args.weights_row +
                                                       threadIdx.x % LINES * 32));
@@ -81,12 +97,12 @@ __device__ __forceinline__ void produce(const Args& args, const TensorMap* queri
                                         const TensorMap* keys, unsigned shared, Stretch stretch) {
     const bool leader = threadIdx.x % 32 == 0;
     int stage = 0, phase = 0, slot = 0, q_phase = 0;
-    walk(args, stretch, [&](int block, int first, int last) {
+    walk(args, stretch, [&](int block, int first, int last, int) {
         const unsigned q_full = shared + BARRIERS_AT + (STAGES + slot) * 16;
         barrier_wait(q_full + 8, q_phase ^ 1);
         if (leader) {
             barrier_expect(q_full, Q_BYTES);
-            copy_box(shared + slot * Q_BYTES, queries, q_full, 0, 0, block * ROWS);
+            copy_box(shared + slot * Q_BYTES, queries, q_full, 0, 0, row_of(args, block));
         }
         prefetch_weights(args, block);
         if (++slot == 2) slot = 0, q_phase ^= 1;
@@ -95,7 +111,7 @@ __device__ __forceinline__ void produce(const Args& args, const TensorMap* queri
             barrier_wait(full + 8, phase ^ 1);
             if (leader) {
                 barrier_expect(full, TILE_BYTES);
-                copy_box(shared + KEYS_AT + stage * TILE_BYTES, keys, full, 0, tile * KEYS, 0);
+                copy_box(shared + KEYS_AT + stage * TILE_BYTES, keys, full, 0, place(tile) * KEYS, 0);
             }
             if (++stage == STAGES) stage = 0, phase ^= 1;
         }
@@ -113,37 +129,79 @@ __device__ __forceinline__ void clear_outside(const Args& args, float* out, int 
     }
 }
 
-__device__ __forceinline__ void load_rows(Rows<HALF>& rows, const Args& args, float* out, int first) {
+#if PART < 2
+using Target = Rows<HALF>;
+
+// The rows from `first` on, whose scores begin at row `to` of the result.
+__device__ __forceinline__ void open(Target& rows, const Args& args, float* out, int first, int to,
+                                     int, bool) {
 #pragma unroll
     for (int i = 0; i < Columns<HALF>::SCORES; ++i) {
-        const int row = first + 2 * i + threadIdx.x % 2;
+        const int own = 2 * i + threadIdx.x % 2, row = first + own;
         const bool there = row < args.rows;
-        rows.out[i] = out + (there ? row : 0) * args.out_row;
+        rows.out[i] = out + (there ? to + own : 0) * args.out_row;
         rows.start[i] = there ? args.starts[row] : 0;
         rows.end[i] = there ? args.ends[row] : 0;
         rows.room[i] = there ? args.context : 0;
     }
 }
 
+__device__ __forceinline__ void close(const Target&, const Args&, int, int) {}
+#else
+using Target = Lists<HALF>;
+
+// The lists of the rows from `first` on, for one of two blocks that share these; none if `lost`.
+__device__ __forceinline__ void open(Target& lists, const Args& args, float* out, int first, int,
+                                     int sharer, bool lost) {
+    constexpr int BYTES = KEYS * static_cast<int>(sizeof(Kept));
+    lists.step = sharer ? -BYTES : BYTES;
+#pragma unroll
+    for (int i = 0; i < Columns<HALF>::SCORES; ++i) {
+        const int row = first + 2 * i + threadIdx.x % 2;
+        const bool there = row < args.rows && !lost;
+        const long long of_row = static_cast<long long>(there ? row : 0) * LIST + (sharer ? LIST - 1 : 0);
+        lists.first[i] = reinterpret_cast<char*>(out) + (of_row * KEYS + own_key()) * sizeof(Kept);
+        lists.count[i] = 0;
+        lists.start[i] = there ? args.starts[row] : 0;
+        lists.end[i] = there ? min(args.ends[row], args.context) : 0;
+        lists.floor[i] = there ? args.guesses[row].floor : 0.0f;
+        if (lost && row < args.rows) args.lost[row] = 1;
+    }
+}
+
+__device__ __forceinline__ void close(const Target& lists, const Args& args, int first, int sharer) {
+#pragma unroll
+    for (int i = 0; i < Columns<HALF>::SCORES; ++i) {
+        const int row = first + 2 * i + threadIdx.x % 2;
+        if (row < args.rows)
+            args.counts[(static_cast<long long>(row) * 2 + sharer) * KEYS + own_key()] = lists.count[i];
+    }
+}
+#endif
+
 __device__ __forceinline__ void consume(const Args& args, float* out, unsigned shared, Stretch stretch) {
     constexpr int QUERIES = Columns<HALF>::QUERIES, NEXT = HALF * DIM / 16;
     const int group = threadIdx.x / 128;
     const bool leader = threadIdx.x % 32 == 0;
     int stage = 0, phase = 0, slot = 0, q_phase = 0;
-    walk(args, stretch, [&](int block, int first, int last) {
+    walk(args, stretch, [&](int block, int first, int last, int before) {
         float weights[2][HALF / 4], products[2][HALF / 2], score[Columns<HALF>::SCORES];
-        Rows<HALF> rows[2];
+        Target target[2];
+        const int own_row = row_of(args, block) + group * 2 * QUERIES;
+        // The block before has the first tiles, unless they are more than its whole stretch.
+        const bool lost = before > stretch.previous;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            const int row = block * ROWS + (group * 2 + half) * QUERIES;
+            const int row = own_row + half * QUERIES;
             load_weights<HALF>(weights[half], args.weights, args.weights_row, row, args.rows);
-            load_rows(rows[half], args, out, row);
+            open(target[half], args, out, row, block * ROWS + (group * 2 + half) * QUERIES,
+                 before > 0, lost);
         }
         const unsigned q_full = shared + BARRIERS_AT + (STAGES + slot) * 16;
         const auto columns = tile_descriptor(shared + slot * Q_BYTES + group * 2 * HALF * DIM);
         barrier_wait(q_full, q_phase);
         if (++slot == 2) slot = 0, q_phase ^= 1;
-        int key = first * KEYS + own_key();
+        int key = place(first) * KEYS + own_key();
         float scale = args.k_scale[min(key, args.context - 1)];
         unsigned full = 0;
         unsigned long long keys = 0;
@@ -158,13 +216,14 @@ __device__ __forceinline__ void consume(const Args& args, float* out, unsigned s
         const auto finish = [&](int half) {
             mma_touch(products[half]);
             sums<HALF>(score, products[half], weights[half]);
-            write(rows[half], score, scale, key);
+            write(target[half], score, scale, key, column_of(key));
         };
         // The rest of a tile, and the beginning of the next if that follows without a pause.
         const auto rest = [&](bool go_on) {
             multiply<HALF>(products[1], keys, columns + NEXT);
             // A key beyond the context has any scale: it is not written.
-            const float next_scale = args.k_scale[min(key + KEYS, args.context - 1)];
+            const int next = following(key);
+            const float next_scale = args.k_scale[min(next, args.context - 1)];
             mma_wait<1>();
             finish(0);
             const unsigned read = full;
@@ -177,7 +236,7 @@ __device__ __forceinline__ void consume(const Args& args, float* out, unsigned s
             }
             if (leader) barrier_arrive(read + 8);
             finish(1);
-            key += KEYS;
+            key = next;
             scale = next_scale;
         };
         // Runs of four tiles: the compiler cannot follow products that are under way around a loop.
@@ -194,6 +253,10 @@ __device__ __forceinline__ void consume(const Args& args, float* out, unsigned s
             rest(false);
         }
         if (leader) barrier_arrive(q_full + 8);
+        if (!lost) {
+            close(target[0], args, own_row, before > 0);
+            close(target[1], args, own_row + QUERIES, before > 0);
+        }
     });
 }
 
@@ -211,9 +274,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
         barrier_init_done();
     }
-    const Stretch own = stretch<THREADS>((args.rows + ROWS - 1) / ROWS,
-                                         reinterpret_cast<long long*>(memory + ROOM_AT),
-                                         [&](int block) { return tiles_of(args, block); });
+    wait_for_kernel_ahead();
+    if (!blocks_of(args)) return;
+    const Stretch own =
+        stretch<THREADS>(blocks_of(args), reinterpret_cast<long long*>(memory + ROOM_AT),
+                         [&](int block) { return tiles_of(args, block); });
     if (threadIdx.x < CONSUMERS) {
         registers_take<232>();
         consume(args, out, shared, own);

@@ -91,11 +91,11 @@ __device__ __forceinline__ void store_if(bool wanted, float* at, float value) {
 
 template <int N>
 __device__ __forceinline__ void write(const Rows<N>& rows, const float (&score)[Columns<N>::SCORES],
-                                      float scale, int key) {
+                                      float scale, int key, int column) {
 #pragma unroll
     for (int i = 0; i < Columns<N>::SCORES; ++i) {
         const bool inside = key >= rows.start[i] && key < rows.end[i];
-        store_if(key < rows.room[i], rows.out[i] + key, inside ? score[i] * scale : nothing());
+        store_if(key < rows.room[i], rows.out[i] + column, inside ? score[i] * scale : nothing());
     }
 }
 
@@ -115,11 +115,19 @@ __device__ __forceinline__ void clear(float* row, int begin, int end) {
     for (int column = begin + threadIdx.x % 32; column < end; column += 32) row[column] = nothing();
 }
 
+// Waits for the kernel before this one on the stream to end, where a launch with `overlap` let this one
+// begin earlier; before anything of others is read or written. The next kernel is not let begin early:
+// its blocks would crowd on the processors that become free first.
+__device__ __forceinline__ void wait_for_kernel_ahead() {
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
 // The tiles of all `count` groups of rows in one line, of which every block takes an equal stretch.
 // `tiles_of(group)` is how many a group has. All threads of the block; `room` is 2 + THREADS / 32
 // words of shared memory.
 struct Stretch {
     int group, tile, left;  // where it begins, and how many tiles it has
+    int previous;           // tiles of the block before
 };
 
 template <int THREADS, typename F>
@@ -152,5 +160,7 @@ __device__ __forceinline__ Stretch stretch(int count, long long* room, F tiles_o
         room[1] = begin - upto;
     }
     __syncthreads();
-    return {static_cast<int>(room[0]), static_cast<int>(room[1]), static_cast<int>(end - begin)};
+    const long long before = all * max(static_cast<int>(blockIdx.x) - 1, 0) / gridDim.x;
+    return {static_cast<int>(room[0]), static_cast<int>(room[1]), static_cast<int>(end - begin),
+            static_cast<int>(begin - before)};
 }

@@ -204,7 +204,7 @@ struct Chain {
         mma_touch(own);
         float score[Columns<N>::SCORES];
         sums<N>(score, own, group.weights);
-        write(group.rows, score, scale, key);
+        write(group.rows, score, scale, key, key);
         rest.finish(products, keys, columns, scale, key, done);
     }
 };
@@ -265,6 +265,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         }
         barrier_init_done();
     }
+    wait_for_kernel_ahead();
     const Stretch own =
         stretch<THREADS>(args.batch, reinterpret_cast<long long*>(memory + ROOM_AT),
                          [&](int request) { return tiles_of(args, request); });

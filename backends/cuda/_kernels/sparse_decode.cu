@@ -11,85 +11,24 @@
 //
 // In each four neighbouring columns of queries, keys and values the middle ones are swapped, as a
 // word of four codes decodes into (0, 2) and (1, 3); results are swapped back where written.
+//
+// Every thread arrives for itself: one lane that did so for its warp would order the others'
+// accesses only through `__syncwarp`, which is no instruction here, so that a race checker cannot
+// follow it.
 
-#include "sparse_decode.cuh"
+#include "sparse_decode_keys.cuh"
 
 constexpr int THREADS = 512;
-enum { GROUP = 1, QUERIES, SUMS, WEIGHTS };  // barriers of threads: the first group's, and all
+// Registers. The last group does with 80, but is faster with more where the first can spare them.
+constexpr int FIRST = HEADS == 64 ? 88 : 112, LAST = HEADS == 64 ? 104 : 80;
+enum { GROUP = 1, QUERIES, WEIGHTS };  // barriers of threads: the first group's, and all
 
-// -- fourth warpgroup: keys -----------------------------------------------------------------------
-
-__device__ __forceinline__ const unsigned char* key_record(const Work& w, const Item& item,
-                                                           int block, int key) {
-    if (block >= item.count) return nullptr;
-    const int at = (item.first + block) * KEYS + key;
-    return record_of(w, indices_of(w, item), at, item.length);
-}
-
-// One key's share of a thread: 16 columns of each 64.
-__device__ __forceinline__ void bring_key(const unsigned char* at, unsigned to, int quad,
-                                          int swap) {
-    uint4 scale = make_uint4(0, 0, 0, 0), rope[2], latent[CHUNKS];
-    if (at) scale = load16(at + LATENT);
-#pragma unroll
-    for (int c = 0; c < CHUNKS; c++) {
-        latent[c] = make_uint4(0, 0, 0, 0);
-        if (at) latent[c] = load16(at + c * 64 + quad * 16);
-    }
-#pragma unroll
-    for (int c = 0; c < 2; c++) {
-        rope[c] = make_uint4(0, 0, 0, 0);
-        if (at) rope[c] = load16(at + ROPE_AT + quad * 32 + c * 16);
-    }
-    const unsigned low = ((quad * 2) ^ swap) << 4, high = ((quad * 2 + 1) ^ swap) << 4;
-    const unsigned scales[4] = {scale.x, scale.y, scale.z, scale.w};
-#pragma unroll
-    for (int c = 0; c < CHUNKS; c++) {
-        const float one = __uint_as_float(scales[c / 2]) * 0x1p120f;
-        const unsigned f = pack(one, one);
-        unsigned e[4], o[4];
-        decode(latent[c].x, f, e[0], o[0]);
-        decode(latent[c].y, f, e[1], o[1]);
-        decode(latent[c].z, f, e[2], o[2]);
-        decode(latent[c].w, f, e[3], o[3]);
-        store16(to + c * KEYS * 128 + low, e[0], o[0], e[1], o[1]);
-        store16(to + c * KEYS * 128 + high, e[2], o[2], e[3], o[3]);
-    }
-    to += CHUNKS * KEYS * 128;
-    store16(to + low, rope[0].x, rope[0].y, rope[0].z, rope[0].w);
-    store16(to + high, rope[1].x, rope[1].y, rope[1].z, rope[1].w);
-}
-
-// A key is looked up two blocks, and its record brought to L2 one block, before it is needed.
-__device__ __forceinline__ void bring_keys(const Work& w, const Item& item, Shared& s, int& stage,
-                                           unsigned& phase) {
-    const int tid = threadIdx.x % 128, lane = tid % 32, group = lane / 4, quad = lane % 4;
-    const int row0 = tid / 32 * 16 + group;  // this thread's keys are row0 and row0 + 8
-    const unsigned char *now[2], *next[2];
-#pragma unroll
-    for (int r = 0; r < 2; r++) {
-        now[r] = key_record(w, item, 0, row0 + 8 * r);
-        next[r] = key_record(w, item, 1, row0 + 8 * r);
-    }
-    for (int block = 0; block < item.count; block++) {
-#pragma unroll
-        for (int r = 0; r < 2; r++)
-            if (next[r])
-                for (int i = quad; i < 6; i += 4) prefetch(next[r] + min(i * 128, RECORD - 1));
-        barrier_wait(address(&s.spent[stage]), phase ^ 1);
-#pragma unroll
-        for (int r = 0; r < 2; r++) {
-            bring_key(now[r], address(s.keys[stage]) + (row0 + 8 * r) * 128, quad, group);
-            if (quad == 0) s.valid[stage][row0 + 8 * r] = now[r] != nullptr;
-            now[r] = next[r];
-            next[r] = key_record(w, item, block + 2, row0 + 8 * r);
-        }
-        fence_async();
-        __syncwarp();
-        if (lane == 0) barrier_arrive(address(&s.ready[stage]));
-        stage ^= 1;
-        phase ^= stage == 0;
-    }
+// The end of a row for the whole block: shares are there, and nobody needs values any more. By
+// `bar.sync` it would do as well, but compute-sanitizer 2025.3 loses that one.
+__device__ __forceinline__ void row_ends(Shared& s, unsigned& row) {
+    barrier_arrive(address(&s.ended));
+    barrier_wait(address(&s.ended), row);
+    row ^= 1;
 }
 
 // -- first warpgroup: scores, weights -------------------------------------------------------------
@@ -157,8 +96,9 @@ __device__ __forceinline__ void finish_sums(const Work& w, const Item& item, Sha
             if (w.sink) share /= 1 + expf(w.sink[head] - (some ? lse : 0));
             w.lse[lse_at(w, item, head)] = some ? lse : INFINITE;
         } else {
-            w.part_lse[static_cast<long long>(item.piece) * w.heads + head] =
-                some ? lse : -INFINITE;
+            float* to = w.part_lse + static_cast<long long>(item.piece) * w.heads + head;
+            *to = some ? lse : -INFINITE;
+            for (int i = 0; i < item.unused; i++) *(to += w.heads) = -INFINITE;
         }
     }
     s.share[tid] = share;
@@ -190,6 +130,7 @@ __device__ __forceinline__ void make_scores(const Work& w, const Item& item, Sha
         mma_end();
         const bool now[2] = {s.valid[stage][row0] != 0, s.valid[stage][row0 + 8] != 0};
         mma_wait<0>();
+        barrier_arrive(address(&s.spent[stage]));
 
         // scores become exponents of two above the heads' references
 #pragma unroll
@@ -226,8 +167,7 @@ __device__ __forceinline__ void make_scores(const Work& w, const Item& item, Sha
             store_matrices(p_at + ((j + lane / 16) ^ (p_row & 7)) * 16, packed[j][0], packed[j][1],
                            packed[j + 1][0], packed[j + 1][1]);
         fence_async();
-        __syncwarp();
-        if (lane == 0) barrier_arrive(address(&s.full));
+        barrier_arrive(address(&s.full));
         turn ^= 1;
         stage ^= 1;
         phase ^= stage == 0;
@@ -305,7 +245,8 @@ __device__ __forceinline__ void write_results(const Work& w, const Item& item, c
 }
 
 __device__ __forceinline__ void add_values(const Work& w, const Item& item, Shared& s, int& stage,
-                                           unsigned& phase, unsigned& turn, int head0) {
+                                           unsigned& phase, unsigned& turn, unsigned& row_turn,
+                                           int head0) {
     const int tid = threadIdx.x % 128, half = threadIdx.x / 128 - 1, lane = tid % 32;
     const int row0 = tid / 32 * 16 + lane / 4;  // this thread's heads are row0 and row0 + 8
     load_queries(w, item, s, head0);
@@ -334,15 +275,13 @@ __device__ __forceinline__ void add_values(const Work& w, const Item& item, Shar
                            block + i > 0);
         mma_end();
         mma_wait<0>();
-        if (lane == 0) {
-            barrier_arrive(address(&s.empty));
-            barrier_arrive(address(&s.spent[stage]));
-        }
+        barrier_arrive(address(&s.empty));
+        barrier_arrive(address(&s.spent[stage]));
         turn ^= 1;
         stage ^= 1;
         phase ^= stage == 0;
     }
-    threads_wait(SUMS, THREADS);  // shares are there, and nobody needs values any more
+    row_ends(s, row_turn);
     if (MODE == JOINED)
         keep_sums(s, acc, half, row0);
     else
@@ -403,31 +342,31 @@ __device__ __forceinline__ void join(const Work& w, const Item& item, Shared& s,
 
 struct Turns {
     int stage;
-    unsigned phase, turn;
+    unsigned phase, turn, row;
 };
 
 __device__ __forceinline__ void run_first(const Work& w, const Item& item, Shared& s, Turns& t,
                                           int head0) {
     make_scores(w, item, s, t.stage, t.phase, t.turn, head0);
-    threads_wait(SUMS, THREADS);
+    row_ends(s, t.row);
     if (MODE == JOINED) join(w, item, s, head0);
 }
 
 __device__ __forceinline__ void run_middle(const Work& w, const Item& item, Shared& s, Turns& t,
                                            int head0) {
-    add_values(w, item, s, t.stage, t.phase, t.turn, head0);
+    add_values(w, item, s, t.stage, t.phase, t.turn, t.row, head0);
     if (MODE == JOINED) join(w, item, s, head0);
 }
 
 __device__ __forceinline__ void run_last(const Work& w, const Item& item, Shared& s, Turns& t,
                                          int head0) {
     bring_keys(w, item, s, t.stage, t.phase);
-    threads_wait(SUMS, THREADS);
+    row_ends(s, t.row);
     if (MODE == JOINED) join(w, item, s, head0);
 }
 
-// Grid [rows * head blocks, pieces], or, PLANNED, [workers * head blocks]: blocks that share keys
-// run side by side.
+// Grid [rows * head blocks, pieces], or, PLANNED and EVEN, [workers * head blocks]: blocks that
+// share keys run side by side.
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
     sparse_decode(const __grid_constant__ Work w) {
     extern __shared__ unsigned char memory[];
@@ -436,16 +375,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
     const int head0 = blockIdx.x % head_blocks * HEADS, who = blockIdx.x / head_blocks;
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
-            barrier_init(address(&s.ready[i]), 4);
-            barrier_init(address(&s.spent[i]), 8);
+            barrier_init(address(&s.ready[i]), 128);
+            barrier_init(address(&s.spent[i]), 384);
         }
-        barrier_init(address(&s.full), 4);
-        barrier_init(address(&s.empty), 8);
+        barrier_init(address(&s.full), 128);
+        barrier_init(address(&s.empty), 256);
+        barrier_init(address(&s.ended), THREADS);
         barrier_init_done();
     }
     __syncthreads();
-    Turns t = {0, 0, 0};
-#if MODE == 1
+    Turns t = {0, 0, 0, 0};
+#if MODE == 1 || MODE == 3
+#if MODE == 3
+    const int blocks = (w.k + KEYS - 1) / KEYS;
+    const int from = who * w.span, to = min(from + w.span, w.rows * blocks);
+    const int row = from / blocks, last = (to - 1) / blocks;
+    auto item_at = [&](int at) {  // a row's pieces lie side by side, in `splits` places
+        const int piece = who - at * blocks / w.span;
+        const int pieces = at < last || to == (at + 1) * blocks ? piece + 1 : w.splits;
+        const int first = at == row ? from - at * blocks : 0, end = min(blocks, to - at * blocks);
+        return item_of(w, at, first, end, at * w.splits + piece, false, w.splits - pieces);
+    };
+#else
     const int row = w.schedule[who * 4], begin = w.schedule[who * 4 + 1];
     const int last = min(w.schedule[who * 4 + 2], w.rows - 1), stop = w.schedule[who * 4 + 3];
     int piece = 0;  // pieces are numbered row by row and worker by worker
@@ -457,27 +408,28 @@ extern "C" __global__ void __launch_bounds__(THREADS, 1)
         const int first = at == row ? begin : 0, end = at == last ? stop : 1 << 30;
         return item_of(w, at, first, end, piece + at - row, direct);
     };
+#endif
     if (threadIdx.x < 128) {
-        registers_give<112>();
+        registers_give<FIRST>();
         for (int at = row; at <= last; at++) run_first(w, item_at(at), s, t, head0);
     } else if (threadIdx.x < 384) {
         registers_take<160>();
         for (int at = row; at <= last; at++) run_middle(w, item_at(at), s, t, head0);
     } else {
-        registers_give<80>();
+        registers_give<LAST>();
         for (int at = row; at <= last; at++) run_last(w, item_at(at), s, t, head0);
     }
 #else
     const int begin = blockIdx.y * w.span, piece = who * w.splits + blockIdx.y;
     const Item item = item_of(w, who, begin, begin + w.span, piece, w.splits == 1);
     if (threadIdx.x < 128) {
-        registers_give<112>();
+        registers_give<FIRST>();
         run_first(w, item, s, t, head0);
     } else if (threadIdx.x < 384) {
         registers_take<160>();
         run_middle(w, item, s, t, head0);
     } else {
-        registers_give<80>();
+        registers_give<LAST>();
         run_last(w, item, s, t, head0);
     }
 #endif

@@ -17,8 +17,9 @@ typedef unsigned long long u64;
 #define INFINITE __int_as_float(0x7f800000)
 
 // How a row's keys are shared out: evenly, for another kernel to join where there are several
-// pieces; among workers, as a schedule says; among the blocks of a cluster, which join themselves.
-enum { ALONE, PLANNED, JOINED };
+// pieces; among workers, as a schedule says; among the blocks of a cluster, which join themselves;
+// among workers of `span` blocks of keys each, whatever rows these are of.
+enum { ALONE, PLANNED, JOINED, EVEN };
 
 constexpr int KEYS = 64, LATENT = 512, DIM = 576, ROPE_AT = 528, RECORD = 656;
 constexpr int CHUNKS = LATENT / 64;  // columns are decoded and multiplied 64 at a time
@@ -44,14 +45,15 @@ struct Work {
     const int *schedule, *num_splits;
     float scale_log2;
     int rows, next_n, heads, k, page_size, slots;
-    int span, splits;  // blocks of keys of a piece, pieces of a row
+    int span, splits;  // blocks of keys of a piece, pieces of a row (EVEN: at most)
     unsigned magic;    // slot / page_size is slot * magic >> shift
     int shift;
 };
 
-// `count` of a row's blocks of keys, from `first` on. If `direct`, they are all it has.
+// `count` of a row's blocks of keys, from `first` on. If `direct`, they are all it has. After the
+// piece come `unused` places for pieces that this row has not.
 struct Item {
-    int row, batch, next, first, count, length, piece;
+    int row, batch, next, first, count, length, piece, unused;
     bool direct;
 };
 
@@ -67,16 +69,16 @@ struct Shared {
     float factor[64];  // by which earlier sums shrink, if `rescale`
     int rescale;
     unsigned char valid[STAGES][KEYS];
-    u64 ready[STAGES], spent[STAGES], full, empty;  // of keys, and of weights
+    u64 ready[STAGES], spent[STAGES], full, empty, ended;  // of keys, of weights, and of a row
 };
 
 __device__ __forceinline__ Item item_of(const Work& w, int row, int first, int end, int piece,
-                                        bool direct) {
+                                        bool direct, int unused = 0) {
     int batch = row / w.next_n, next = row % w.next_n, length = w.k;
     if (w.lengths)
         length = min(length, w.lengths[batch * w.length_batch + next * w.length_next]);
     end = min(end, (length + KEYS - 1) / KEYS);
-    return {row, batch, next, first, max(0, end - first), length, piece, direct};
+    return {row, batch, next, first, max(0, end - first), length, piece, unused, direct};
 }
 
 __device__ __forceinline__ const int* indices_of(const Work& w, const Item& item) {
@@ -87,11 +89,9 @@ __device__ __forceinline__ long long lse_at(const Work& w, const Item& item, int
     return (static_cast<long long>(item.batch) * w.heads + head) * w.next_n + item.next;
 }
 
-// Where the record of a row's key number `at` lies; null if that is no key. What a slot outside the
-// pool means is undefined: here it is no key.
-__device__ __forceinline__ const unsigned char* record_of(const Work& w, const int* indices, int at,
-                                                          int length) {
-    const int slot = at < length ? __ldg(indices + at * w.index_k) : -1;
+// Where the record in a slot lies; null if that is none. What a slot outside the pool means is
+// undefined: here it is no key.
+__device__ __forceinline__ const unsigned char* record_at(const Work& w, int slot) {
     if (slot < 0 || slot >= w.slots) return nullptr;
     const unsigned page = static_cast<unsigned>(static_cast<u64>(slot) * w.magic >> w.shift);
     const long long token = slot - static_cast<int>(page) * w.page_size;

@@ -9,6 +9,9 @@
 // The numerators' base follows the largest score only when that is 2^8 above it, so that O is seldom
 // rescaled. WIDTH (columns of a key, 512 or 576), HALF (fp16 instead of bf16) and RANGES (which keys:
 // see Work) are macros.
+// Numbers that threads store and load themselves are handed on, and their place given back, by every
+// thread for itself: one lane that arrives for its warp orders the others' accesses only through
+// `__syncwarp`, which is no instruction here, so that a race checker cannot follow it.
 #include "sparse_prefill_work.cuh"
 
 constexpr int STAGES = 3, PUBLISHED = 28;  // PUBLISHED: of 36 products, see `products`
@@ -99,6 +102,7 @@ DEV void relay(const Call& call, unsigned base) {
             rows[0] = work.key(call, (t + 1) * KEYS + lane);
             rows[1] = lane < KEYS - 32 ? work.key(call, (t + 1) * KEYS + 32 + lane) : -1;
             if (t < 0) continue;
+            wait(base + K_FREE + 8 * ring.at, ring.phase ^ 1);  // nobody reads what was seen before
             wait(base + K_LANDED + 8 * ring.at, ring.phase);
             fence_proxy();
             if (lane == 0) store2(base + SEEN_AT + 8 * ring.at, low, high);
@@ -183,7 +187,6 @@ struct Softmax {
                            pack(s[8 * c + 4], s[8 * c + 5]), pack(s[8 * c + 6], s[8 * c + 7]));
         }
         fence_proxy();
-        __syncwarp();
     }
 
     DEV void end(const Call& call, const Work& work, unsigned base_at) {
@@ -227,7 +230,6 @@ DEV void hold(const Call& call, const Work& work, unsigned (&held)[4 * HELD][4])
 }
 
 DEV void score(const Call& call, unsigned base) {
-    const bool leads = (threadIdx.x & 31) == 0;
     const u64 query = tile(base + Q_AT, 16);
     Ring<STAGES> ring;
     Ring<2> turn;
@@ -246,7 +248,7 @@ DEV void score(const Call& call, unsigned base) {
             const bool last = t + 1 == work.tiles;
             products_wait<0>(s);
             if (last) {
-                arrive_if(leads, base + Q_FREE);
+                arrive_if((threadIdx.x & 31) == 0, base + Q_FREE);
                 const int after = at + gridDim.x;
                 if (after < Work::count(call)) hold(call, Work(call, after), held);
             }
@@ -257,16 +259,15 @@ DEV void score(const Call& call, unsigned base) {
             softmax.step(s, call.scale * LOG2E, base, turn);
             const bool landed =
                 !last && __all_sync(~0u, ready(base + K_FULL + 8 * ring.at, ring.phase));
-            arrive_if(leads && !landed, base + P_FULL + 8 * turn.at);
+            arrive_if(!landed, base + P_FULL + 8 * turn.at);
             if (last) break;
             if (!landed) wait(base + K_FULL + 8 * ring.at, ring.phase);
-            products(s, held, query, base, ring.at, leads && landed, turn);
+            products(s, held, query, base, ring.at, landed, turn);
         }
         turn.next();
         wait(base + FACTOR_FREE, round ^ 1);
         softmax.end(call, work, base);
-        __syncwarp();
-        arrive_if(leads, base + FACTOR_FULL);
+        arrive(base + FACTOR_FULL);
     }
 }
 
@@ -312,17 +313,13 @@ DEV void mix(const Call& call, unsigned base, int half) {
             products_end();
             products_wait<0>(o[0]);
             products_wait<0>(o[1]);
-            __syncwarp();
-            if (lane == 0) {
-                arrive(base + K_FREE + 8 * ring.at);
-                arrive(base + P_FREE + 8 * turn.at);
-            }
+            arrive(base + K_FREE + 8 * ring.at);
+            arrive(base + P_FREE + 8 * turn.at);
         }
         wait(base + FACTOR_FULL, round);
         const float upper = load(base + FACTOR_AT + row * 4);
         const float lower = load(base + FACTOR_AT + (row + 8) * 4);
-        __syncwarp();
-        if (lane == 0) arrive(base + FACTOR_FREE);
+        arrive(base + FACTOR_FREE);
 #pragma unroll
         for (int r = 0; r < 2; ++r) {
             const float factor = r ? lower : upper;
@@ -368,17 +365,17 @@ extern "C" __global__ void __launch_bounds__(512, 1) attend(
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(base + K_LANDED + 8 * i, 96);
             barrier_init(base + K_FULL + 8 * i, 1);
-            barrier_init(base + K_FREE + 8 * i, 8);
+            barrier_init(base + K_FREE + 8 * i, 256);
         }
         for (int i = 0; i < 2; ++i) {
-            barrier_init(base + P_FULL + 8 * i, 4);
-            barrier_init(base + P_FREE + 8 * i, 8);
+            barrier_init(base + P_FULL + 8 * i, 128);
+            barrier_init(base + P_FREE + 8 * i, 256);
         }
         barrier_init(base + Q_LANDED, 96);
         barrier_init(base + Q_FULL, 1);
         barrier_init(base + Q_FREE, 4);
-        barrier_init(base + FACTOR_FULL, 4);
-        barrier_init(base + FACTOR_FREE, 8);
+        barrier_init(base + FACTOR_FULL, 128);
+        barrier_init(base + FACTOR_FREE, 256);
         fence_proxy();
     }
     __syncthreads();

@@ -19,7 +19,20 @@ struct Call {
   int* out;
   long long stride;
   int n, k;
+  // How many groups of `group` rows are wanted, then their numbers; null: all rows. The scores are
+  // those of the groups from the one counted `from` on, one after another.
+  const int* chosen;
+  int from, group, rows;
 };
+
+// The row of starts, ends and out that a row of scores belongs to, or -1.
+__device__ int whose(const Call& call, int index) {
+  if (!call.chosen) return index;
+  const int at = call.from + index / call.group;
+  if (at >= call.chosen[0]) return -1;
+  const int row = call.chosen[1 + at] * call.group + index % call.group;
+  return row < call.rows ? row : -1;
+}
 
 // Scores of one row as 16-byte vectors from an aligned address at or before the first. Element
 // i < head is no score of the row; element i is column `origin + i`. This block takes [from, to).
@@ -30,11 +43,11 @@ struct Row {
 
 // E: scores in 16 bytes.
 template <int E>
-__device__ Row row_of(const Call& call, int index) {
+__device__ Row row_of(const Call& call, int index, int owner) {
   constexpr int size = 16 / E;
   int start = 0, end = call.n;
-  if (call.starts) start = max(0, min(call.n, __ldg(call.starts + index)));
-  if (call.ends) end = max(0, min(call.n, __ldg(call.ends + index)));
+  if (call.starts) start = max(0, min(call.n, __ldg(call.starts + owner)));
+  if (call.ends) end = max(0, min(call.n, __ldg(call.ends + owner)));
   if (start >= end) return {nullptr, 0, 0, 0, 0, 0};
   const char* first = static_cast<const char*>(call.logits) + (call.stride * index + start) * size;
   const int extra = static_cast<int>(reinterpret_cast<unsigned long long>(first) & 15);
@@ -205,7 +218,10 @@ __device__ void select(const Call& call) {
   Shared& s = *reinterpret_cast<Shared*>(memory);
   const int size = cluster_size(), index = blockIdx.x / size, k = call.k;
   State state{LOWEST, 0, 0, address_of(s.sums)};
-  const Row row = row_of<E>(call, index);
+  wait_for_kernel_ahead();
+  const int owner = whose(call, index);
+  if (owner < 0) return;
+  const Row row = row_of<E>(call, index, owner);
   if (row.total) {
     prefetch<E>(row);
     if (row.total > CAP) estimate<E>(s, state, row, k);
@@ -221,7 +237,7 @@ __device__ void select(const Call& call) {
     }
   }
   if (cluster_rank() > 0) return;
-  int* out = call.out + static_cast<long long>(index) * k;
+  int* out = call.out + static_cast<long long>(owner) * k;
   keep_best<true>(s, state, k, out);
   for (int i = state.count + threadIdx.x; i < k; i += THREADS) out[i] = -1;
 }
@@ -230,12 +246,12 @@ __device__ void select(const Call& call) {
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) topk_fp32(
     const void* logits, const int* starts, const int* ends, int* out, long long stride, int n,
-    int k) {
-  select<4>({logits, starts, ends, out, stride, n, k});
+    int k, const int* chosen, int from, int group, int rows) {
+  select<4>({logits, starts, ends, out, stride, n, k, chosen, from, group, rows});
 }
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) topk_bf16(
     const void* logits, const int* starts, const int* ends, int* out, long long stride, int n,
-    int k) {
-  select<8>({logits, starts, ends, out, stride, n, k});
+    int k, const int* chosen, int from, int group, int rows) {
+  select<8>({logits, starts, ends, out, stride, n, k, chosen, from, group, rows});
 }

@@ -39,7 +39,7 @@ def _launch(op: str, x: Tensor, out: Tensor, scale: Tensor | None, pow2: bool) -
     chunks = triton.cdiv(groups, tile.rows)
     _gated[(tokens * chunks,)](
         x, out, scale, inter, chunks, x.stride(0), POW2=pow2, GROUPS=tile.rows,
-        num_warps=tile.warps,
+        **tile.options,
     )  # fmt: skip
 
 

@@ -30,7 +30,7 @@ def stored(op: str, pages: Tensor, values: Tensor, slots: Tensor, layout: str, p
     _store[(triton.cdiv(tokens, tile.rows),)](
         pages, values, dense(slots), tokens, pages.shape[0] * pages.shape[1], pages.shape[1],
         pages.stride(0) * pages.element_size(), values.stride(0), POW2=pow2, ROWS=tile.rows,
-        **parts, num_warps=tile.warps,
+        **parts, **tile.options,
     )  # fmt: skip
 
 
@@ -50,7 +50,7 @@ def gathered(
     tile, parts = _plan(op, known, pages, tokens)
     _gather[(triton.cdiv(tokens, tile.rows),)](
         pages, dense(slots), out, scale, tokens, pages.shape[0] * pages.shape[1], pages.shape[1],
-        pages.stride(0) * pages.element_size(), ROWS=tile.rows, **parts, num_warps=tile.warps,
+        pages.stride(0) * pages.element_size(), ROWS=tile.rows, **parts, **tile.options,
     )  # fmt: skip
     return out, scale
 

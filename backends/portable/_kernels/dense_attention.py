@@ -24,7 +24,7 @@ def _walk(
     key_row, value_row, scale,
     WIDTH: tl.constexpr, VALUES: tl.constexpr, WIDTH_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
     VALUE_BLOCK: tl.constexpr, SHARED: tl.constexpr, MASKED: tl.constexpr, EDGE: tl.constexpr,
-    KEYS_BLOCK: tl.constexpr,
+    KEYS_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The running peak, total and mean of some rows after keys [low, end). EDGE: not every row sees
     all of them. What no row sees may hold anything, NaN too, and counts as zeros."""
@@ -51,13 +51,13 @@ def _walk(
             keys + place[:, None] * key_row + column[None],
             mask=inside[:, None] & (column < WIDTH)[None], other=0.0,
         )  # fmt: skip
-        score = tl.dot(main, tl.trans(tile), input_precision="tf32x3")
+        score = tl.dot(main, tl.trans(tile), input_precision=PRECISION)
         if WIDTH > WIDTH_BLOCK:
             tail = tl.load(
                 keys + place[:, None] * key_row + more[None],
                 mask=inside[:, None] & (more < WIDTH)[None], other=0.0,
             )  # fmt: skip
-            score = tl.dot(rest, tl.trans(tail), score, input_precision="tf32x3")
+            score = tl.dot(rest, tl.trans(tail), score, input_precision=PRECISION)
         score *= scale
         if EDGE or MASKED:
             score = tl.where(seen, score, float("-inf"))
@@ -73,7 +73,7 @@ def _walk(
                 values + place[:, None] * value_row + wide[None],
                 mask=inside[:, None] & (wide < VALUES)[None], other=0.0,
             )  # fmt: skip
-        mean = tl.dot(share.to(used.dtype), used, mean * kept[:, None], input_precision="tf32x3")
+        mean = tl.dot(share.to(used.dtype), used, mean * kept[:, None], input_precision=PRECISION)
         peak = higher
     return peak, total, mean
 
@@ -86,7 +86,7 @@ def attend(
     WIDTH: tl.constexpr, VALUES: tl.constexpr, WIDTH_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
     VALUE_BLOCK: tl.constexpr, SHARED: tl.constexpr, MASKED: tl.constexpr, PARTIAL: tl.constexpr,
     PLAIN: tl.constexpr,
-    ROWS_BLOCK: tl.constexpr, KEYS_BLOCK: tl.constexpr,
+    ROWS_BLOCK: tl.constexpr, KEYS_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """q [tokens, heads, WIDTH]; a row is a query and one of the heads / kv_heads heads that use the
     same keys [context, kv_heads, WIDTH] and values [context, kv_heads, VALUES].
@@ -97,9 +97,9 @@ def attend(
     PLAIN    the same code for all keys, those that every row sees included: less to compile
     PARTIAL  out is fp32 [splits, tokens, heads, VALUES] and lse [splits, tokens, heads]
 
-    KEYS_BLOCK is 64 at most. A key is read WIDTH_BLOCK columns at first and then REST_BLOCK, if any
-    are left. Grid: (blocks of rows, kv_heads, splits); later queries, which see most when they are
-    causal, start first.
+    PRECISION is how fp32 is multiplied, as `tl.dot` calls it. KEYS_BLOCK is 64 at most. A key is
+    read WIDTH_BLOCK columns at first and then REST_BLOCK, if any are left. Grid: (blocks of rows,
+    kv_heads, splits); later queries, which see most when they are causal, start first.
     """
     log2e: tl.constexpr = 1.4426950408889634
     block = tl.num_programs(0) - 1 - tl.program_id(0)
@@ -138,23 +138,23 @@ def attend(
         peak, total, mean = _walk(
             low, end, peak, total, mean, main, rest, keys, values, words, anyone, q_words, first,
             last, key_row, value_row, scale * log2e, WIDTH, VALUES, WIDTH_BLOCK, REST_BLOCK,
-            VALUE_BLOCK, SHARED, MASKED, not MASKED, KEYS_BLOCK,
+            VALUE_BLOCK, SHARED, MASKED, not MASKED, KEYS_BLOCK, PRECISION,
         )  # fmt: skip
     else:
         peak, total, mean = _walk(
             low, full_low, peak, total, mean, main, rest, keys, values, words, anyone, q_words,
             first, last, key_row, value_row, scale * log2e, WIDTH, VALUES, WIDTH_BLOCK, REST_BLOCK,
-            VALUE_BLOCK, SHARED, False, True, KEYS_BLOCK,
+            VALUE_BLOCK, SHARED, False, True, KEYS_BLOCK, PRECISION,
         )  # fmt: skip
         peak, total, mean = _walk(
             full_low, full_high, peak, total, mean, main, rest, keys, values, words, anyone,
             q_words, first, last, key_row, value_row, scale * log2e, WIDTH, VALUES, WIDTH_BLOCK,
-            REST_BLOCK, VALUE_BLOCK, SHARED, False, False, KEYS_BLOCK,
+            REST_BLOCK, VALUE_BLOCK, SHARED, False, False, KEYS_BLOCK, PRECISION,
         )  # fmt: skip
         peak, total, mean = _walk(
             full_high, end, peak, total, mean, main, rest, keys, values, words, anyone, q_words,
             first, last, key_row, value_row, scale * log2e, WIDTH, VALUES, WIDTH_BLOCK, REST_BLOCK,
-            VALUE_BLOCK, SHARED, False, True, KEYS_BLOCK,
+            VALUE_BLOCK, SHARED, False, True, KEYS_BLOCK, PRECISION,
         )  # fmt: skip
     wide = tl.arange(0, VALUE_BLOCK)
     nothing = total == 0

@@ -9,6 +9,8 @@ chain of instructions.
 import triton
 import triton.language as tl
 
+from dsa_hal.backends.portable._kernels.fp8 import spoken, understood
+
 BLOCK = tl.constexpr(128)
 NO_GROUP = tl.constexpr(2**31 - 1)
 
@@ -27,7 +29,7 @@ def _tile_at(pid, m, n, BM: tl.constexpr, BN: tl.constexpr, SPAN: tl.constexpr):
 @triton.jit
 def _fp8_product(
     acc, a, a_scale, b, b_scale, rows, rows_ok, cols, cols_ok, k,
-    stride_a, stride_as, stride_b, stride_bs,
+    stride_a, stride_as, stride_b, stride_bs, FNUZ: tl.constexpr,
 ):  # fmt: skip
     """acc plus the scaled product of some rows of a and some rows of b; rows that are not ok add
     nothing, whatever lies there."""
@@ -38,10 +40,9 @@ def _fp8_product(
     b_scale_at = b_scale + (cols // BLOCK).to(tl.int64) * stride_bs
     for block in range(0, tl.cdiv(k, BLOCK)):
         inside = inner < k - block * BLOCK
-        part = tl.dot(
-            tl.load(a_at, mask=rows_ok[:, None] & inside[None, :], other=0.0),
-            tl.load(b_at, mask=cols_ok[None, :] & inside[:, None], other=0.0),
-        )
+        left = tl.load(a_at, mask=rows_ok[:, None] & inside[None, :], other=0.0)
+        right = tl.load(b_at, mask=cols_ok[None, :] & inside[:, None], other=0.0)
+        part = understood(tl.dot(spoken(left, FNUZ), spoken(right, FNUZ)), left, FNUZ)
         row_scale = tl.load(a_scale_at + block, mask=rows_ok, other=0.0)
         col_scale = tl.load(b_scale_at + block, mask=cols_ok, other=0.0)
         acc += part * (row_scale[:, None] * col_scale[None, :])
@@ -60,14 +61,14 @@ def _store(out, acc, rows, rows_ok, cols, cols_ok, stride):
 def fp8_gemm(
     a, a_scale, b, b_scale, out, m, n, k,
     stride_a, stride_as, stride_b, stride_bs, stride_out,
-    BM: tl.constexpr, BN: tl.constexpr, SPAN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SPAN: tl.constexpr, FNUZ: tl.constexpr,
 ):  # fmt: skip
     """One tile of a @ b.T; grid [tiles]."""
     tile_m, tile_n = _tile_at(tl.program_id(0), m, n, BM, BN, SPAN)
     rows, cols = tile_m * BM + tl.arange(0, BM), tile_n * BN + tl.arange(0, BN)
     acc = _fp8_product(
         tl.zeros((BM, BN), tl.float32), a, a_scale, b, b_scale, rows, rows < m, cols, cols < n, k,
-        stride_a, stride_as, stride_b, stride_bs,
+        stride_a, stride_as, stride_b, stride_bs, FNUZ,
     )  # fmt: skip
     _store(out, acc, rows, rows < m, cols, cols < n, stride_out)
 
@@ -76,7 +77,7 @@ def fp8_gemm(
 def grouped_fp8_gemm(
     a, a_scale, b, b_scale, layout, out, m, n, k, groups,
     stride_a, stride_as, stride_bg, stride_b, stride_bsg, stride_bs, stride_out,
-    BM: tl.constexpr, BN: tl.constexpr, SPAN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SPAN: tl.constexpr, FNUZ: tl.constexpr,
 ):  # fmt: skip
     """One tile of the product of rows with their groups' weights; grid [tiles]. A tile whose rows
     are of several groups is computed once for each of them, with the other rows left out."""
@@ -89,7 +90,7 @@ def grouped_fp8_gemm(
         acc = _fp8_product(
             acc, a, a_scale, b + group.to(tl.int64) * stride_bg,
             b_scale + group.to(tl.int64) * stride_bsg, rows, group_of == group, cols, cols < n, k,
-            stride_a, stride_as, stride_b, stride_bs,
+            stride_a, stride_as, stride_b, stride_bs, FNUZ,
         )  # fmt: skip
         group = tl.min(tl.where(group_of > group, group_of, NO_GROUP))
     _store(out, acc, rows, rows < m, cols, cols < n, stride_out)
@@ -100,7 +101,7 @@ def grouped_fp8_gemm_masked(
     a, a_scale, b, b_scale, masked_m, out, max_m, n, k,
     stride_ag, stride_a, stride_asg, stride_as, stride_bg, stride_b, stride_bsg, stride_bs,
     stride_outg, stride_out,
-    BM: tl.constexpr, BN: tl.constexpr, SPAN: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, SPAN: tl.constexpr, FNUZ: tl.constexpr,
 ):  # fmt: skip
     """One tile of one group's product; grid [tiles, groups]."""
     tile_m, tile_n = _tile_at(tl.program_id(0), max_m, n, BM, BN, SPAN)
@@ -112,7 +113,7 @@ def grouped_fp8_gemm_masked(
         acc = _fp8_product(
             acc, a + group * stride_ag, a_scale + group * stride_asg, b + group * stride_bg,
             b_scale + group * stride_bsg, rows, rows < count, cols, cols < n, k,
-            stride_a, stride_as, stride_b, stride_bs,
+            stride_a, stride_as, stride_b, stride_bs, FNUZ,
         )  # fmt: skip
     _store(out + group * stride_outg, acc, rows, rows < max_m, cols, cols < n, stride_out)
 

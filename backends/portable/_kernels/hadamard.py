@@ -30,7 +30,7 @@ def transformed(x: Tensor) -> Tensor:
     _transform[(triton.cdiv(rows, tile.rows), dim // edge)](
         x, out, rows, dim, x.stride(0), dim**-0.5, EDGE=edge, WIDTH=max(LEAST.value, edge),
         PARTS=dim // edge, SPLIT=x.dtype == torch.float32, ROWS=tile.rows,
-        num_warps=tile.warps,
+        **tile.options,
     )  # fmt: skip
     return out
 

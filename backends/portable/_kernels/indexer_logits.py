@@ -3,15 +3,17 @@
 import triton
 import triton.language as tl
 
+from dsa_hal.backends.portable._kernels.fp8 import spoken, understood
+
 
 @triton.jit
 def _against(
     keys, Q, q_head, W, live, heads,
     DIM: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
-    HEAD_BLOCKS: tl.constexpr,
+    HEAD_BLOCKS: tl.constexpr, FNUZ: tl.constexpr,
 ):  # fmt: skip
-    """sum over heads of ReLU(<q, key>) * weight: keys [BN, BD] -> [BN] fp32. Where not `live`,
-    neither q nor weights are read."""
+    """sum over heads of ReLU(<q, key>) * weight: keys [BN, BD], `spoken`, -> [BN] fp32. Where not
+    `live`, neither q nor weights are read."""
     column = tl.arange(0, BD)
     total = tl.zeros([BN], tl.float32)
     for block in tl.static_range(HEAD_BLOCKS):
@@ -20,7 +22,8 @@ def _against(
         at = Q + head[:, None].to(tl.int64) * q_head + column[None, :]
         q = tl.load(at, mask=there[:, None] & (column < DIM)[None, :], other=0.0)
         weight = tl.load(W + head, mask=there, other=0.0)
-        products = tl.dot(keys, tl.trans(q), input_precision="ieee")
+        products = tl.dot(keys, tl.trans(spoken(q, FNUZ)), input_precision="ieee")
+        products = understood(products, q, FNUZ)
         total += tl.sum(tl.maximum(products, 0.0) * weight[None, :], 1)
     return total
 
@@ -29,7 +32,7 @@ def _against(
 def ragged(
     Q, K, SCALE, W, STARTS, ENDS, OUT, q_row, q_head, k_row, w_row, out_row, rows, context, heads,
     DIM: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr, BM: tl.constexpr,
-    HEAD_BLOCKS: tl.constexpr,
+    HEAD_BLOCKS: tl.constexpr, FNUZ: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): BM rows from i * BM against BN keys from j * BN; K is read once, and not at
     all where no row's range meets the tile."""
@@ -47,13 +50,14 @@ def ragged(
     if (lowest < left + BN) & (highest > left):
         at = K + key[:, None].to(tl.int64) * k_row + column[None, :]
         keys = tl.load(at, mask=inside[:, None] & (column < DIM)[None, :], other=0.0)
+        keys = spoken(keys, FNUZ)
         scale = tl.load(SCALE + key, mask=inside, other=0.0)
         for r in range(first, last):
             start, end = tl.load(STARTS + r), tl.load(ENDS + r)
             wide = first64 + (r - first)
             found = _against(
                 keys, Q + wide * q_row, q_head, W + wide * w_row, end > start, heads,
-                DIM, BD, BH, BN, HEAD_BLOCKS,
+                DIM, BD, BH, BN, HEAD_BLOCKS, FNUZ,
             )  # fmt: skip
             found = tl.where((key >= start) & (key < end), found * scale, float("-inf"))
             tl.store(OUT + wide * out_row + key, found, mask=key < context)
@@ -69,7 +73,7 @@ def paged(
     Q, K, SCALE, W, LIMITS, TABLE, OUT, q_batch, q_query, q_head, k_page, k_token, s_page, s_token,
     w_row, limits_batch, table_batch, out_row, next_n, context, heads, page_size, pages,
     DIM: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr, BN: tl.constexpr,
-    HEAD_BLOCKS: tl.constexpr, BQ: tl.constexpr, SCALED: tl.constexpr,
+    HEAD_BLOCKS: tl.constexpr, BQ: tl.constexpr, SCALED: tl.constexpr, FNUZ: tl.constexpr,
 ):  # fmt: skip
     """Program (i, j): request i's query tokens against its BN positions from j * BN. BQ is a power
     of two >= next_n."""
@@ -85,13 +89,14 @@ def paged(
     token = (position % page_size).to(tl.int64)
     at = K + (page * k_page + token * k_token)[:, None] + column[None, :]
     keys = tl.load(at, mask=inside[:, None] & (column < DIM)[None, :], other=0.0)
+    keys = spoken(keys, FNUZ)
     for n in range(next_n):
         limit = tl.minimum(tl.load(LIMITS + batch * limits_batch + n), context)
         row = batch * next_n + n
         live = limit > left
         found = _against(
             keys, Q + batch * q_batch + n * q_query, q_head, W + row * w_row, live,
-            heads, DIM, BD, BH, BN, HEAD_BLOCKS,
+            heads, DIM, BD, BH, BN, HEAD_BLOCKS, FNUZ,
         )  # fmt: skip
         if SCALED:
             found *= tl.load(SCALE + page * s_page + token * s_token, mask=inside, other=0.0)

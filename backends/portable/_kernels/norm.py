@@ -26,7 +26,7 @@ def normed(
     _norm[(triton.cdiv(rows, tile.rows),)](
         x, residual, dense(weight), None if bias is None else dense(bias), out, total, rows, dim,
         x.stride(0), 0 if residual is None else residual.stride(0), eps,
-        ROWS=tile.rows, WIDTH=width, num_warps=tile.warps,
+        ROWS=tile.rows, WIDTH=width, **tile.options,
     )  # fmt: skip
     return out, total
 
@@ -48,7 +48,7 @@ def latents(
         q_a, kv_a, dense(q_weight), dense(kv_weight), dense(positions), cos_sin, qr, latent,
         tokens, cos_sin.shape[0], q_a.stride(0), kv_a.stride(0), cos_sin.stride(0), eps,
         Q_LORA=q_lora, LORA=lora, ROTARY=rotary, Q_WIDTH=width, LORA_WIDTH=lora_width,
-        HALF=power_of_two(rotary // 2), ROWS=tile.rows, num_warps=tile.warps,
+        HALF=power_of_two(rotary // 2), ROWS=tile.rows, **tile.options,
     )  # fmt: skip
     return qr, latent
 

@@ -56,7 +56,7 @@ def indexer(
             REST=max(LEAST.value, power_of_two(rest)) if rest else 0,
             WIDTH=max(LEAST.value, power_of_two(dim)), INTERLEAVED=interleaved, QUANTIZE=quantize,
             POW2=pow2, ROWS=tile.rows, TILES=tiles, WITH_KEYS=with_keys,
-            WITH_QUERIES=with_queries, num_warps=tile.warps,
+            WITH_QUERIES=with_queries, **tile.options,
         )  # fmt: skip
     return q_out, k_out, w_out
 

@@ -28,7 +28,7 @@ def quantized(x: Tensor, *, group: int, block_rows: int, pow2: bool) -> tuple[Te
     _quantize[(triton.cdiv(scale.numel(), count),)](
         x3, values, scale, scale.numel(), rows, dim, quant.blocks(rows, block_rows), columns,
         x3.stride(0), x3.stride(1), GROUP=group, BLOCK_ROWS=block_rows, WIDTH=width, HEIGHT=height,
-        POW2=pow2, BLOCKS=count, num_warps=tile.warps,
+        POW2=pow2, BLOCKS=count, **tile.options,
     )  # fmt: skip
     return values, scale
 
@@ -49,7 +49,7 @@ def dequantized(
     _dequantize[grid](
         v3, s3, out, rows, dim, triton.cdiv(rows, tile.rows), columns, v3.stride(0), v3.stride(1),
         s3.stride(0), s3.stride(1), GROUP=group, BLOCK_ROWS=block_rows, WIDTH=width,
-        ROWS=tile.rows, num_warps=tile.warps,
+        ROWS=tile.rows, **tile.options,
     )  # fmt: skip
     return out
 

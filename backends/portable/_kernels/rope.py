@@ -27,7 +27,7 @@ def rotated(
         x3.stride(0), x3.stride(1), cos_sin.stride(0), DIM=dim, OFFSET=offset, ROTARY=rotary,
         HALF=power_of_two(rotary // 2), BEFORE=power_of_two(offset) if offset else 0,
         BEHIND=power_of_two(rest) if rest else 0, INTERLEAVED=interleaved, ROWS=tile.rows,
-        num_warps=tile.warps,
+        **tile.options,
     )  # fmt: skip
     return out
 

@@ -11,7 +11,7 @@ def attend(
     q_token, q_head, kv_row, index_row, context, heads, k, scale,
     WIDTH: tl.constexpr, VALUES: tl.constexpr, VALUE_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
     HAS_LENGTHS: tl.constexpr, HAS_SINK: tl.constexpr,
-    HEADS_BLOCK: tl.constexpr, KEYS_BLOCK: tl.constexpr,
+    HEADS_BLOCK: tl.constexpr, KEYS_BLOCK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """q [tokens, heads, WIDTH], kv [context, WIDTH], indices [tokens, k] with the given strides;
     out [tokens, heads, VALUES], top and lse [tokens, heads] dense. A key's first VALUES columns are
@@ -48,20 +48,20 @@ def attend(
         keys = tl.load(
             rows + column[None], mask=valid[:, None] & (column < VALUES)[None], other=0.0
         )
-        score = tl.dot(latent, tl.trans(keys))
+        score = tl.dot(latent, tl.trans(keys), input_precision=PRECISION)
         if WIDTH > VALUES:
             tail = tl.load(
                 rows + VALUES + more[None],
                 mask=valid[:, None] & (more < WIDTH - VALUES)[None], other=0.0,
             )  # fmt: skip
-            score = tl.dot(rest, tl.trans(tail), score)
+            score = tl.dot(rest, tl.trans(tail), score, input_precision=PRECISION)
         score = tl.where(valid[None], score * (scale * log2e), float("-inf"))
         higher = tl.maximum(peak, tl.max(score, 1))
         base = tl.where(higher == float("-inf"), 0.0, higher)  # no key so far: avoid inf - inf
         share = tl.exp2(score - base[:, None])
         kept = tl.exp2(peak - base)
         total = total * kept + tl.sum(share, 1)
-        mean = tl.dot(share.to(keys.dtype), keys, mean * kept[:, None])
+        mean = tl.dot(share.to(keys.dtype), keys, mean * kept[:, None], input_precision=PRECISION)
         peak = higher
     nothing = total == 0
     log = tl.where(nothing, float("inf"), (peak + tl.log2(total)) / log2e)
@@ -76,82 +76,3 @@ def attend(
     )  # fmt: skip
     tl.store(top + place, peak / log2e, mask=mine)
     tl.store(lse + place, log, mask=mine)
-
-
-@triton.jit
-def differentiate(
-    q, kv, indices, lengths, out, lse, dout, dq, dkv,
-    q_token, q_head, kv_row, index_row, out_token, out_head, lse_token, dout_token, dout_head,
-    context, heads, k, scale,
-    WIDTH: tl.constexpr, VALUES: tl.constexpr, VALUE_BLOCK: tl.constexpr, REST_BLOCK: tl.constexpr,
-    HAS_LENGTHS: tl.constexpr, HEADS_BLOCK: tl.constexpr, KEYS_BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The gradients of `attend` without sinks: dq [tokens, heads, WIDTH] dense is written, dkv
-    [context, WIDTH] fp32 dense is added to, in no certain order.
-
-    With p = exp(scale * q . k - lse) and ds = scale * p * (dout . v - dout . out), dq is the sum of
-    ds times k, and dkv that of ds times q and p times dout. Grid: tokens times blocks
-    of heads, those of a token side by side.
-    """
-    log2e: tl.constexpr = 1.4426950408889634
-    blocks = tl.cdiv(heads, HEADS_BLOCK)
-    token = (tl.program_id(0) // blocks).to(tl.int64)
-    head = tl.program_id(0) % blocks * HEADS_BLOCK + tl.arange(0, HEADS_BLOCK)
-    mine = head < heads
-    column = tl.arange(0, VALUE_BLOCK)
-    more = tl.arange(0, REST_BLOCK)
-    in_value = mine[:, None] & (column < VALUES)[None]
-    in_rest = mine[:, None] & (more < WIDTH - VALUES)[None]
-    q_rows = q + token * q_token + head[:, None] * q_head
-    latent = tl.load(q_rows + column[None], mask=in_value, other=0.0)
-    rest = tl.load(q_rows + VALUES + more[None], mask=in_rest, other=0.0)
-    upstream = tl.load(
-        dout + token * dout_token + head[:, None] * dout_head + column[None],
-        mask=in_value, other=0.0,
-    )  # fmt: skip
-    result = tl.load(
-        out + token * out_token + head[:, None] * out_head + column[None], mask=in_value, other=0.0
-    )
-    mean = tl.sum(upstream.to(tl.float32) * result.to(tl.float32), 1)
-    log = tl.load(lse + token * lse_token + head, mask=mine, other=float("inf")) * log2e
-    count = k
-    if HAS_LENGTHS:
-        count = tl.minimum(tl.load(lengths + token), k)
-    step = tl.zeros([HEADS_BLOCK, VALUE_BLOCK], tl.float32)
-    step_rest = tl.zeros([HEADS_BLOCK, REST_BLOCK], tl.float32)
-    for start in range(0, count, KEYS_BLOCK):
-        at = start + tl.arange(0, KEYS_BLOCK)
-        row = tl.load(indices + token * index_row + at, mask=at < count, other=-1)
-        valid = (row >= 0) & (row < context)
-        rows = row.to(tl.int64)
-        keys = tl.load(
-            kv + rows[:, None] * kv_row + column[None],
-            mask=valid[:, None] & (column < VALUES)[None], other=0.0,
-        )  # fmt: skip
-        tail = tl.load(
-            kv + rows[:, None] * kv_row + VALUES + more[None],
-            mask=valid[:, None] & (more < WIDTH - VALUES)[None], other=0.0,
-        )  # fmt: skip
-        score = tl.dot(latent, tl.trans(keys))
-        score = tl.dot(rest, tl.trans(tail), score)
-        share = tl.where(valid[None], tl.exp2(score * (scale * log2e) - log[:, None]), 0.0)
-        slope = tl.dot(upstream, tl.trans(keys))
-        slope = (share * (slope - mean[:, None]) * scale).to(keys.dtype)
-        share = share.to(keys.dtype)
-        step = tl.dot(slope, keys, step)
-        step_rest = tl.dot(slope, tail, step_rest)
-        # Transposed, so that columns, which are many, are the rows of the product.
-        part = tl.dot(tl.trans(latent), slope)
-        part = tl.dot(tl.trans(upstream), share, part)
-        tl.atomic_add(
-            dkv + rows[None] * WIDTH + column[:, None], part,
-            mask=valid[None] & (column < VALUES)[:, None], sem="relaxed",
-        )  # fmt: skip
-        part_rest = tl.dot(tl.trans(rest), slope)
-        tl.atomic_add(
-            dkv + rows[None] * WIDTH + VALUES + more[:, None], part_rest,
-            mask=valid[None] & (more < WIDTH - VALUES)[:, None], sem="relaxed",
-        )  # fmt: skip
-    to = dq + (token * heads + head)[:, None] * WIDTH
-    tl.store(to + column[None], step, mask=in_value)
-    tl.store(to + VALUES + more[None], step_rest, mask=in_rest)

@@ -2,6 +2,7 @@
 
 Every timed call finds cold caches and a device that is still busy with the flush and a pause, so
 that the host has launched all of it before its clock starts: what is measured is the device.
+`chain` times what stands in a recorded decode step: many calls in a row, replayed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import torch
 from torch import Tensor
 
 from dsa_hal.case import Inputs, Maker
-from dsa_hal.measure import Timing, cold_inputs
+from dsa_hal.errors import DsaHalError
+from dsa_hal.measure import Calls, Timing, cold_inputs, record_calls
 
 PAUSE_S, CYCLES_PER_S = 1e-4, 2e9
 """The pause before a timed call beyond what its launches take the host, and the clock it counts."""
@@ -89,6 +91,41 @@ def race(contenders: Sequence[Contender], device: torch.device, repeats: int) ->
             if at < lane.wanted:
                 lane.samples.append(_sample(lane, device))
     return [Timing.of(lane.samples) for lane in lanes]
+
+
+def chain(
+    contenders: Sequence[Contender], device: torch.device, repeats: int
+) -> list[Timing | str]:
+    """Time a call of each in a recording of many (`record_calls`), replayed in turn; for one that
+    cannot be recorded, why."""
+    recordings = [_recording(contender, device) for contender in contenders]
+    samples: list[list[float]] = [[] for _ in recordings]
+    for _ in range(repeats):
+        for recording, own in zip(recordings, samples, strict=True):
+            if isinstance(recording, Calls):
+                own.append(_replayed(recording, device))
+    return [
+        recording if isinstance(recording, str) else Timing.of(own)
+        for recording, own in zip(recordings, samples, strict=True)
+    ]
+
+
+def _recording(contender: Contender, device: torch.device) -> Calls | str:
+    try:
+        return record_calls(contender.fn, contender.inputs, device)
+    except DsaHalError as error:
+        return str(error)
+
+
+def _replayed(calls: Calls, device: torch.device) -> float:
+    """Seconds of one call; the pause hides what the host needs to start the replay."""
+    begin, end = (torch.Event(device, enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(round(PAUSE_S * CYCLES_PER_S))
+    begin.record()
+    calls.recorded.replay()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end) / 1e3 / calls.count
 
 
 def _lane(contender: Contender, device: torch.device, repeats: int) -> Lane:

@@ -42,6 +42,7 @@ class Work:
     taken  how (results, at) becomes their results; None = `at` of every result
     count  argument whose first axis are the rows
     alone  whether rows are judged by a call of their own, since a result sums over all rows
+    recorded  whether a call is timed within a recording of many, as in a decode step, and not alone
     """
 
     group: Group
@@ -53,6 +54,7 @@ class Work:
     taken: Callable[[Results, Tensor], Results] | None = None
     count: str = "q"
     alone: bool = False
+    recorded: bool = False
 
     def sample(self, inputs: Inputs) -> Tensor | None:
         """Which rows to judge, evenly spaced; None = all."""
@@ -94,6 +96,7 @@ PAGED = Group("paged logits", 0.9)
 TOPK = Group("top-k", 1.5)
 INDEXER_TOPK = Group("logits then top-k", 1.2)
 GEMM_SMALL = Group("FP8 GEMM, decode-shaped", 1.2)
+GEMM_ALONE = Group("FP8 GEMM, decode-shaped, one call")
 GEMM_LARGE = Group("FP8 GEMM, large", 0.75)
 GROUPED = Group("grouped FP8 GEMM", 0.75)
 
@@ -157,13 +160,16 @@ def _indexer() -> list[Work]:
 
 def _products() -> list[Work]:
     rows = _by("a", "a_scale")
+    few = ((64, 2112, 7168), (64, 7168, 2048), (128, 24576, 1536))
+    many = (
+        (4096, 2112, 7168), (4096, 24576, 1536), (4096, 7168, 16384), (4096, 4096, 7168),
+        (4096, 7168, 2048),
+    )  # fmt: skip
     lines = [
-        Work(GEMM_SMALL if m <= 128 else GEMM_LARGE, ops.fp8_gemm, f"m{m} n{n} k{k}",
-             dict(m=m, n=n, k=k, fp32=False), "fp8", rows, count="a")
-        for m, n, k in (
-            (64, 2112, 7168), (64, 7168, 2048), (128, 24576, 1536), (4096, 2112, 7168),
-            (4096, 24576, 1536), (4096, 7168, 16384), (4096, 4096, 7168), (4096, 7168, 2048),
-        )
+        Work(group, ops.fp8_gemm, f"m{m} n{n} k{k}", dict(m=m, n=n, k=k, fp32=False), "fp8", rows,
+             count="a", recorded=group is GEMM_SMALL)
+        for group, shapes in ((GEMM_SMALL, few), (GEMM_ALONE, few), (GEMM_LARGE, many))
+        for m, n, k in shapes
     ]  # fmt: skip
     lines += [
         Work(GROUPED, ops.grouped_fp8_gemm, f"g{groups} m{m} n{n} k{k}",

@@ -14,7 +14,6 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from itertools import chain
 from typing import Any
 
 import torch
@@ -25,7 +24,13 @@ from dsa_hal.case import run as called
 from dsa_hal.cli import choose, output
 from dsa_hal.cli.bench import commit
 from dsa_hal.cli.suites._peers import absent, peers
-from dsa_hal.cli.suites._race import Contender, DeviceMaker, exact_products, race
+from dsa_hal.cli.suites._race import (
+    Contender,
+    DeviceMaker,
+    chain,
+    exact_products,
+    race,
+)
 from dsa_hal.cli.suites._tables import Line, heading, means, note, shapes, tell
 from dsa_hal.cli.suites._work import Work, inputs_of, workloads
 from dsa_hal.errors import Absent
@@ -131,8 +136,12 @@ def _lines(work: Work, limits: Limits) -> list[Line]:
         else:
             lines.append(_line(work, contender, "failed", problem))
     del want
-    timings = race([contender for contender, _ in right], device, REPEATS)
+    timed = chain if work.recorded else race
+    timings = timed([contender for contender, _ in right], device, REPEATS)
     for (contender, judged), timing in zip(right, timings, strict=True):
+        if isinstance(timing, str):
+            lines.append(_line(work, contender, "refused", timing))
+            continue
         seconds = timing.median_s
         lines.append(
             _line(
@@ -175,7 +184,7 @@ def _contenders(work: Work, inputs: Inputs, lines: list[Line]) -> Iterator[Conte
     except Exception as error:  # of one library: the others' lines follow, the exit code tells
         output.note(f"{work.op.name}, {work.label}:\n{traceback.format_exc()}")
         problem = f"preparing a peer raised {type(error).__name__}: {error}"
-        lines.append(_line(work, Contender("a peer", chain, {}, peer=True), "failed", problem))
+        lines.append(_line(work, Contender("a peer", peers, {}, peer=True), "failed", problem))
 
 
 def _of_own_parts(op: Op[..., Any]) -> Callable[..., Any] | None:

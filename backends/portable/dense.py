@@ -1,4 +1,4 @@
-"""What dense_mla and mha_prefill share on NVIDIA GPUs: how their Triton kernels are launched."""
+"""dense_mla and mha_prefill in Triton: which tiles, how keys are split, and the launches."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dsa_hal.autotune.space import Space
-
-PROCESSORS = 132
-"""Multiprocessors of the H200, which programs are split to fill."""
+from dsa_hal.autotune.space import Launched, Space
+from dsa_hal.backends.portable import processors
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(Launched):
     """Rows and keys of a tile, warps and stages of a program."""
 
     rows: int
@@ -50,11 +48,11 @@ def why_not(dtype: torch.dtype, dim: int, dim_v: int) -> str | None:
 
 def attended(
     q: Tensor, k: Tensor, v: Tensor, ks: Tensor, ke: Tensor, indices: Tensor | None, *,
-    softmax_scale: float, shared: bool,
+    softmax_scale: float, shared: bool, precision: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """out [tokens, heads, dim_v] and lse [tokens, heads] of q [tokens, heads, dim] on keys
     k [context, kv_heads, dim] and values v [context, kv_heads, dim_v]. `shared`: v is the first
-    columns of k."""
+    columns of k; `precision`: how Triton multiplies fp32 on this backend."""
     from dsa_hal.backends.portable._kernels import dense_attention as kernels
 
     (tokens, heads, dim), (context, kv_heads, dim_v) = q.shape, v.shape
@@ -80,7 +78,8 @@ def attended(
     config = SPACE.pick(rows=min(total, 128), width=dim, size=q.element_size())
     rows = config.rows
     blocks = -(-total // rows)
-    splits = max(1, min(-(-context // 256), 2 * PROCESSORS // max(1, blocks * kv_heads), 64))
+    most = 2 * processors.count(q.device) // max(1, blocks * kv_heads)
+    splits = max(1, min(-(-context // 256), most, 64))
     part, part_lse = out, lse
     if splits > 1:
         part = torch.empty(splits, tokens, heads, dim_v, device=q.device)
@@ -92,7 +91,7 @@ def attended(
         WIDTH=dim, VALUES=dim_v, WIDTH_BLOCK=main, REST_BLOCK=rest, VALUE_BLOCK=wide,
         SHARED=shared, MASKED=indices is not None, PARTIAL=splits > 1,
         PLAIN=q.dtype == torch.float32, ROWS_BLOCK=rows, KEYS_BLOCK=config.keys,
-        num_warps=config.warps, num_stages=config.stages,
+        PRECISION=precision, **config.options,
     )  # fmt: skip
     if splits > 1:
         merge(part, part_lse, out, lse)

@@ -1,0 +1,16 @@
+"""indexer_logits on AMD Instinct."""
+
+from torch import Tensor
+
+from dsa_hal.backends.portable import indexer_logits as portable
+from dsa_hal.backends.rocm._tiles import ARCHES
+from dsa_hal.ops.indexer import indexer_logits
+
+
+@indexer_logits.impl("rocm", "triton", contract=1, arch=ARCHES, needs=("triton>=3.6",))
+def tiled(q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor, ks: Tensor, ke: Tensor) -> Tensor:
+    """Any dtype; a program per tile of keys and some rows."""
+    return portable.ragged(q, k, k_scale, weights, ks, ke)
+
+
+from dsa_hal.backends.rocm._adapters import aiter  # noqa: E402, F401

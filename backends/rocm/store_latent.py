@@ -1,0 +1,14 @@
+"""store_latent on AMD Instinct."""
+
+from torch import Tensor
+
+from dsa_hal.backends.rocm._tiles import ARCHES
+from dsa_hal.ops.cache import store_latent
+
+
+@store_latent.impl("rocm", "triton", contract=1, arch=ARCHES, needs=("triton>=3.6",))
+def store(pages: Tensor, latent: Tensor, slots: Tensor, *, layout: str) -> None:
+    """Quantised and written in one launch."""
+    from dsa_hal.backends.portable._kernels.cache import stored
+
+    stored(store_latent.name, pages, latent, slots, layout, True)
