@@ -9,7 +9,8 @@ import torch
 from dsa_hal.target import Architecture, Target
 
 ARCHITECTURES = (
-    Architecture("910b", "Ascend910B2", processors=24, shared=192 << 10, source="CANN's own limits"),
+    Architecture("910b", "Ascend910B2", processors=24, shared=192 << 10,
+                 source="CANN's own limits"),
     Architecture("910c", "Ascend910_9392", processors=24, shared=192 << 10, source="as of 910b"),
     Architecture("950", "Ascend950PR_9589", processors=32, shared=248 << 10,
                  fp8=torch.float8_e4m3fn, source="CANN's own limits"),
