@@ -6,7 +6,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -52,9 +52,14 @@ MUCH = 20
 DEFAULT_RUN = Limit(flop=4e9, bytes=3e7)
 """What a processor with two cores judges in seconds."""
 
-INTERPRETED = Limit(flop=2e8, bytes=1e5, products=1.3e6)
+INTERPRETED = Limit(flop=2e8, bytes=1e5, products=6e5)
 """What Triton's interpreter judges in seconds. An operation on a tile takes it as long as one on a
 number, so that many small programs cost more than large products."""
+
+
+def interpreted(op: Op[..., Any]) -> Limit:
+    """INTERPRETED for an op; gradients are many products of small tiles, and get no more room."""
+    return replace(INTERPRETED, products=0) if op.family == "training" else INTERPRETED
 
 
 @dataclass(frozen=True)

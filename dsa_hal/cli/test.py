@@ -35,6 +35,7 @@ from dsa_hal.matrix import (
     Outcome,
     Row,
     attempt,
+    interpreted,
     judge_at_once,
     rows,
 )
@@ -77,8 +78,7 @@ def run(args: argparse.Namespace) -> int:
     for name in args.case:
         if name not in known:
             raise choose.unknown("case", name, known)
-    usual = DEFAULT_RUN if args.interpret is None else INTERPRETED
-    limit = usual if args.max_gflop is None else Limit(flop=args.max_gflop * 1e9)
+    limit = None if args.max_gflop is None else Limit(flop=args.max_gflop * 1e9)
     with _target(args):
         chosen = _chosen(ops, args, limit)
         if not chosen:
@@ -107,16 +107,16 @@ def _target(args: argparse.Namespace) -> Iterator[None]:
 
 
 def _rows(
-    ops: list[Op[..., Any]], args: argparse.Namespace, limit: Limit, cases: list[str]
+    ops: list[Op[..., Any]], args: argparse.Namespace, limit: Limit | None, cases: list[str]
 ) -> list[Row]:
-    """Rows of the matrix; under --interpret, of what runs there."""
-    found = list(rows(ops, limit, cases))
+    """Rows of the matrix within a limit or the usual one; under --interpret, of what runs there."""
     if args.interpret is None:
-        return found
+        return list(rows(ops, limit or DEFAULT_RUN, cases))
+    found = [row for op in ops for row in rows([op], limit or interpreted(op), cases)]
     return [row for row in found if interpreter.can_run(row.impl)]
 
 
-def _chosen(ops: list[Op[..., Any]], args: argparse.Namespace, limit: Limit) -> list[Row]:
+def _chosen(ops: list[Op[..., Any]], args: argparse.Namespace, limit: Limit | None) -> list[Row]:
     """What is judged; a named implementation that cannot be used here is an error."""
     chosen, impl = _rows(ops, args, limit, args.case), args.impl
     if impl is None:
