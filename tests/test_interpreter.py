@@ -35,7 +35,14 @@ from dsa_hal.target import stand_in
 pytest.importorskip("triton")
 
 ROOT = Path(__file__).parent.parent
-TARGETS = ("cuda:sm90", "rocm:gfx950", "rocm:gfx942")
+SLOW = pytest.mark.slow
+TARGETS = (
+    pytest.param("rocm:gfx950"),
+    pytest.param("cuda:sm90", marks=SLOW),
+    pytest.param("rocm:gfx942", marks=SLOW),
+)
+"""A minute each with two processors; the last two run the same programs in other configurations."""
+
 PROCESSES = 2
 PATIENCE = 1200
 
@@ -221,22 +228,17 @@ def judged(target: str, ops: list[str]) -> str:
 
 @pytest.fixture(scope="module")
 def results() -> Iterator[Any]:
-    """A function: target -> op -> records of `dsa-hal test --interpret`. All are under way at
-    once, some processes at a time, each with a part of the ops."""
+    """A function: target -> op -> records of `dsa-hal test --interpret`, by some processes at a
+    time, each with a part of the ops."""
     with ThreadPoolExecutor(PROCESSES) as pool:
-        tasks = {
-            target: [
-                pool.submit(judged, target, part)
-                for at in range(PROCESSES)
-                if (part := sorted(interpreted(target))[at::PROCESSES])
-            ]
-            for target in TARGETS
-        }
 
+        @cache
         def of(target: str) -> dict[str, list[dict[str, str]]]:
+            ops = sorted(interpreted(target))
+            parts = [part for at in range(PROCESSES) if (part := ops[at::PROCESSES])]
             found: dict[str, list[dict[str, str]]] = {}
-            for task in tasks[target]:
-                for record in csv.DictReader(io.StringIO(task.result())):
+            for text in pool.map(lambda part: judged(target, part), parts):
+                for record in csv.DictReader(io.StringIO(text)):
                     found.setdefault(record["op"], []).append(record)
             return found
 
@@ -244,7 +246,12 @@ def results() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(
-    ("target", "op"), [(target, op) for target in TARGETS for op in interpreted(target)]
+    ("target", "op"),
+    [
+        pytest.param(*target.values, op, marks=target.marks)
+        for target in TARGETS
+        for op in interpreted(str(target.values[0]))
+    ],
 )
 def test_matches_the_reference(results: Any, target: str, op: str) -> None:
     """Every implementation of an op, every small case, all twists."""

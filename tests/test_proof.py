@@ -69,7 +69,7 @@ def test_results_are_counted(tmp_path: Path) -> None:
     assert "| rope | empty, odd," in text, "cases that were left out"
     told = proof.summary(found)
     assert "| `cuda:sm90` | NVIDIA H200 | 2 cases of 1 ops, 1 failed | no | no |" in told
-    assert "MI350X | never | 1 cases of 1 ops | 2 programs of 1 ops |" in told
+    assert "MI350X | not recorded | 1 cases of 1 ops | 2 programs of 1 ops |" in told
 
 
 def test_the_command_writes_both(

@@ -183,7 +183,7 @@ def _summed(proof: Proof, target: str, way: str) -> str:
         failed = sum(n for (of, _), n in proof.failed.items() if of == target)
         wrong = f", {failed} failed" if failed and way != "compiled" else ""
         return f"{total} {unit} of {proof.ops(target, way)} ops{wrong}"
-    return "never" if way == "ran" else "no"
+    return "not recorded" if way == "ran" else "no"
 
 
 def _cell(proof: Proof, target: str, op: Op[..., object]) -> str:
