@@ -89,11 +89,11 @@ def _record(
 
 
 def _tuned(op: Op[..., Any], verdict: Verdict) -> str:
-    """What measurements on this target say of an implementation."""
+    """What the tables of this target say of an implementation."""
     _, winners = selection().candidates(op)
     timed = [winner for winner in winners if verdict.impl.name in winner.us]
     won = sum(winner.impl == verdict.impl.name for winner in timed)
-    return f"fastest in {won} of {len(timed)} measured calls" if timed else "not measured"
+    return f"fastest in {won} of {len(timed)} calls" if timed else "in no table"
 
 
 def _print(op: Op[..., Any], case: Case | None, verdicts: list[Verdict], serves: str) -> None:

@@ -90,6 +90,11 @@ def run(args: argparse.Namespace) -> int:
                 raise choose.unknown("case", name, known)
         if not args.static:
             target.must_be_here()
+        elif target.limits is None:
+            raise BadInput(
+                f"--static models programs of Triton, and {target} has none;"
+                " name a target, as in DSA_HAL_TARGET=rocm:gfx950"
+            )
         if args.output is None:
             own.parent.mkdir(parents=True, exist_ok=True)
         output.must_be_writable(args.output or own)
