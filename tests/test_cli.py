@@ -62,6 +62,16 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def unstoppable(whole: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, with no token that ends an answer: random weights would soon pick it."""
+    folder = shutil.copytree(whole, tmp_path_factory.mktemp("unstoppable") / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": None}))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<bos>"}))
+    return folder
+
+
 @pytest.fixture
 def tiny(whole: Path, tmp_path: Path) -> Path:
     """A copy of it to be damaged."""
@@ -125,8 +135,8 @@ def test_prompts_of_a_file_and_of_stdin(dsa: Server, whole: Path, tmp_path: Path
     assert alone.out == records[9]["text"] + "\n"
 
 
-def test_text_is_streamed_and_ctrl_c_ends_it_quietly(whole: Path) -> None:
-    process = start("generate", "--model", whole, *ENDLESS)
+def test_text_is_streamed_and_ctrl_c_ends_it_quietly(unstoppable: Path) -> None:
+    process = start("generate", "--model", unstoppable, *ENDLESS)
     assert process.stdout is not None
     assert len(process.stdout.read(5)) == 5
     assert process.poll() is None
@@ -136,8 +146,8 @@ def test_text_is_streamed_and_ctrl_c_ends_it_quietly(whole: Path) -> None:
     assert b"Traceback" not in err
 
 
-def test_a_reader_that_leaves_ends_it_quietly(whole: Path) -> None:
-    process = start("generate", "--model", whole, *ENDLESS)
+def test_a_reader_that_leaves_ends_it_quietly(unstoppable: Path) -> None:
+    process = start("generate", "--model", unstoppable, *ENDLESS)
     assert process.stdout is not None and process.stderr is not None
     process.stdout.read(1)
     process.stdout.close()

@@ -268,7 +268,8 @@ def test_the_cost_command(checkpoint: Path, tmp_path: Path, capsys: Any) -> None
     assert [(p["phase"], p["position"]) for p in found["points"]] == [
         ("prefill", 128), ("prefill", 384), ("decode", 128), ("decode", 384),
     ]  # fmt: skip
-    assert all(p["dsa"] > p["dsa_attend"] > 0 for p in found["points"])
+    # both are timed, each on its own: on a busy machine a part can take longer than the whole
+    assert all(min(p["dsa"], p["dsa_attend"]) > 0 for p in found["points"])
     assert len(found["results"]) == 8 and found["served"]["mla_attention"]
 
 
