@@ -21,7 +21,8 @@ that names the file.
 
 A table derived for a device that nobody measured says so in its stamp (`derived_from`), and has
 `rank` (1 the fastest) in the place of `us`. One that was made without any device (`static: true`;
-`us` are a model's) fits every device of its architecture, and is read before all others.
+`us` are a model's) fits every device of its architecture, and is read before all others; it chooses
+configurations, never implementations.
 """
 
 from __future__ import annotations
@@ -98,14 +99,16 @@ def nearest(
 
 
 def winners(op: str, contract: int, target: Target) -> tuple[Winner, ...]:
-    """What was measured of an op on a target; empty if it never was.
+    """What was measured of an op on a target; empty if it never was. What a static table says of
+    implementations does not count: its model orders the configurations of one kernel, and between
+    kernels of different make it knows nothing.
 
     Raises ConfigError for a file that is not a table, or an entry that is not one.
     """
     found: tuple[Winner, ...] = ()
     for path, table in _tables(target):
         entry = table["ops"].get(op)
-        if entry is None:
+        if entry is None or table["stamp"].get("static"):
             continue
         if entry.get("contract") != contract:
             logger.warning(

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything that must hold before a change lands: style, types, every Triton kernel compiled for
 # every target, tests. Installs what it needs into .venv beside this checkout; no accelerator wanted.
-# Arguments go to pytest, and then nothing is compiled but what tests compile: ci/run.sh -k topk
+# Arguments go to pytest, and then nothing is compiled but what tests compile, and the wheel of
+# torch_npu is left alone: ci/run.sh -k topk
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -19,4 +20,6 @@ python=${PYTHON:-python3}
 # Kernels are compiled for sm90, gfx950 and gfx942, and what came out is that of the committed table.
 # Minutes from nothing; what did not change since is taken from DSA_HAL_CACHE.
 [ $# -gt 0 ] || .venv/bin/python -m ci.cross_compile --check
+# backends/npu against the real torch_npu wheel, in .venv-npu beside .venv.
+[ $# -gt 0 ] || bash ci/ascend/run.sh
 exec .venv/bin/pytest -q "$@"

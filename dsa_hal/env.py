@@ -72,7 +72,7 @@ TARGET = Variable(
     "DSA_HAL_TARGET",
     "backend:arch",
     "",
-    "The target to answer for, as rocm:gfx950, cuda:sm90 or npu:910b, whether or not this machine"
+    "The target to answer for, as rocm:gfx950, cuda:sm90 or npu:a2, whether or not this machine"
     " is one: `support`, `explain`, `tune --static` and compilation work without its device, and"
     " whatever would execute on it is refused.",
     str,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from typing import Any, Generic, ParamSpec, TypeVar
 
@@ -47,7 +47,8 @@ class Impl(Generic[P, R]):
     needs     packages that must be importable, as requirement strings ("triton>=3.6"), several in
               one string if either will do ("flash-mla>=1.0 | sgl-flash-mla>=1.0")
     rank      the higher is asked first; never a statement about ability
-    promises  "deterministic", "ties=lower", "lse=natural": what a request may insist on
+    promises  "deterministic", "ties=lower", "lse=natural": what a request may insist on, or a model
+              goes by ("varlen=native")
     why_not   reads shapes, dtypes and plain arguments; None = it can run, else the sentence why not
     """
 
@@ -290,15 +291,30 @@ class Op(Generic[P, R]):
         return ranged
 
 
+Call = tuple["Op[..., Any]", Sequence[Any], Mapping[str, Any]]
+"""An op and its arguments, of which only shapes, dtypes and plain values count."""
+
+
 class Composite(Op[P, R]):
     """An op whose meaning is a body written with other ops (`uses`). Every backend that serves
     those has it; a backend may register one fused implementation, which then ranks before the
-    body."""
+    body.
+
+    asks  the calls of its parts that a backend may refuse though it has the part, like a cache in a
+          layout that it does not know; the body refuses what they do
+    """
 
     kind = "composite"
 
-    def __init__(self, body: Callable[P, R], *, uses: Sequence[Op[..., Any]], **facts: Any) -> None:
-        self.body, self.uses = body, tuple(uses)
+    def __init__(
+        self,
+        body: Callable[P, R],
+        *,
+        uses: Sequence[Op[..., Any]],
+        asks: Callable[P, Sequence[Call]] | None = None,
+        **facts: Any,
+    ) -> None:
+        self.body, self.uses, self.asks = body, tuple(uses), asks
 
         def reference(*args: P.args, **kwargs: P.kwargs) -> R:
             with use(backend=REFERENCE.backend):
@@ -308,9 +324,22 @@ class Composite(Op[P, R]):
         for name in ("__name__", "__module__", "__doc__"):
             setattr(reference, name, getattr(body, name))
         super().__init__(reference, **facts)
+        if asks is not None:
+            _same_arguments(self.name, reference, asks)
+
+    def _why_not(self, *args: P.args, **kwargs: P.kwargs) -> str | None:
+        for part, given, options in self.asks(*args, **kwargs) if self.asks is not None else ():
+            try:
+                part.select(*given, **options)
+            except Unsupported as error:
+                reasons = [v.reason for v in error.verdicts if v.question != "ok"]
+                return f"it needs {part.name}: {next(iter(reasons), error)}"
+        return None
 
     def _always(self) -> tuple[Impl[P, R], ...]:
-        made_of_parts = self._all_promises("any", COMPOSITE, self.body, rank=-1)
+        made_of_parts = replace(
+            self._all_promises("any", COMPOSITE, self.body, rank=-1), why_not=self._why_not
+        )
         return (made_of_parts, *super()._always())
 
 

@@ -40,6 +40,9 @@ class Architecture:
     memory       bytes of memory
     bytes_per_s  of that memory, peak
     flop_per_s   of dense matrix products at their peak, by the operands' dtype ("bfloat16")
+    page_size    tokens per page of the caches that its kernels take
+    caches       formats of the caches that they take ("index_int8") and the layout that each is
+                 kept in ("index_int8_split"); empty = every format, in the layout of its own name
     source       where the numbers stand
 
     A number is 0 where the notion does not apply or the maker publishes none.
@@ -57,6 +60,8 @@ class Architecture:
     memory: float = 0
     bytes_per_s: float = 0
     flop_per_s: Mapping[str, float] = field(default_factory=dict)
+    page_size: int = 64
+    caches: Mapping[str, str] = field(default_factory=dict)
     source: str = ""
 
 

@@ -1,13 +1,15 @@
 """What all layers share in one step: worked out once, before the first layer.
 
 Tokens of all requests lie flat, without padding. A `Prefill` step holds pieces of prompts at any
-start positions; a `Decode` step holds the same small number of new tokens for every request.
+start positions; a `Decode` step holds the same small number of new tokens for every request. Where
+attention takes requests of any length over pages, a `Varlen` step holds either.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal, NamedTuple
 
 import torch
@@ -75,6 +77,33 @@ class Decode:
     longest: int
     everything: Tensor | None
     positions_end: int
+
+
+@dataclass
+class Varlen:
+    """One step of either phase, of which attention reads the pages of all requests in one call.
+
+    tokens, positions, slots  as in `Prefill`
+    cu_seqlens_q  [requests + 1] int32, where the tokens of each request begin
+    context_lens  [requests] int32, keys of each request, its new ones included
+    block_table   [requests, pages] int32
+    longest       no context is longer
+    everything    [tokens, longest] int32, all positions each token sees, -1 after the last; None
+                  when some token sees more than index_topk keys and the indexer must choose
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    slots: Tensor
+    cu_seqlens_q: Tensor
+    context_lens: Tensor
+    block_table: Tensor
+    longest: int
+    everything: Tensor | None
+    positions_end: int
+
+
+Step = Prefill | Decode | Varlen
 
 
 def pieces(lengths: Sequence[int], starts: Sequence[int], chunk: int) -> Iterator[list[Piece]]:
@@ -183,10 +212,63 @@ def prefill_step(
     )
 
 
+def varlen_prefill(
+    config: ModelConfig,
+    cache: KVCache,
+    contexts: Sequence[Context],
+    step: Sequence[Piece],
+    tokens: Sequence[Tensor],
+) -> Varlen:
+    """As `prefill_step`, for attention over pages."""
+    for piece in step:
+        cache.reserve(contexts[piece.request], piece.stop)
+    starts = list(accumulate((piece.stop - piece.start for piece in step), initial=0))
+    slots = [cache.slots(contexts[p.request], p.start, p.stop) for p in step]
+    positions = [torch.arange(p.start, p.stop, dtype=torch.int32) for p in step]
+    ends = torch.tensor([piece.stop for piece in step], dtype=torch.int32)
+    return _varlen(
+        config,
+        torch.cat([tokens[p.request][p.start : p.stop] for p in step]).to(cache.device),
+        torch.cat(positions).to(cache.device),
+        torch.cat(slots).to(cache.device),
+        torch.tensor(starts, dtype=torch.int32).to(cache.device),
+        ends.to(cache.device),
+        cache.block_table([contexts[piece.request] for piece in step]),
+        max(piece.stop for piece in step),
+    )
+
+
+def _varlen(
+    config: ModelConfig, tokens: Tensor, positions: Tensor, slots: Tensor, cu_seqlens_q: Tensor,
+    context_lens: Tensor, table: Tensor, longest: int,
+) -> Varlen:  # fmt: skip
+    everything = None
+    if longest <= config.index_topk:
+        at = torch.arange(longest, dtype=torch.int32, device=tokens.device)
+        everything = at.expand(len(positions), longest).masked_fill(at > positions[:, None], -1)
+    return Varlen(
+        tokens=tokens,
+        positions=positions,
+        slots=slots,
+        cu_seqlens_q=cu_seqlens_q,
+        context_lens=context_lens,
+        block_table=table,
+        longest=longest,
+        everything=everything,
+        positions_end=longest,
+    )
+
+
 def decode_step(
-    config: ModelConfig, cache: KVCache, contexts: Sequence[Context], tokens: Tensor
-) -> Decode:
-    """The step that appends `tokens` [requests, per_request] int64; reserves their pages."""
+    config: ModelConfig,
+    cache: KVCache,
+    contexts: Sequence[Context],
+    tokens: Tensor,
+    *,
+    varlen: bool = False,
+) -> Decode | Varlen:
+    """The step that appends `tokens` [requests, per_request] int64; reserves their pages. `varlen`
+    makes one for attention over pages."""
     count = tokens.shape[1]
     for context in contexts:
         cache.reserve(context, context.length + count)
@@ -194,13 +276,14 @@ def decode_step(
     return decode_batch(
         config, tokens.to(cache.device), lengths.to(cache.device), cache.block_table(contexts),
         longest=max(context.length for context in contexts) + count, page_size=cache.page_size,
+        varlen=varlen,
     )  # fmt: skip
 
 
 def decode_batch(
     config: ModelConfig, tokens: Tensor, lengths: Tensor, table: Tensor, *, longest: int,
-    page_size: int,
-) -> Decode:  # fmt: skip
+    page_size: int, varlen: bool = False,
+) -> Decode | Varlen:  # fmt: skip
     """The step that appends `tokens` [requests, per_request] int64 to contexts of `lengths`
     [requests] int32 with the pages `table` [requests, pages] int32, all on one device and read by
     it alone. No context is longer than `longest` afterwards."""
@@ -211,6 +294,12 @@ def decode_batch(
     def slots(at: Tensor) -> Tensor:  # at [requests, any], positions
         return table.gather(1, (at // page_size).long()) * page_size + at % page_size
 
+    if varlen:
+        starts = torch.arange(requests + 1, dtype=torch.int32, device=tokens.device) * count
+        return _varlen(
+            config, tokens.flatten(), positions.flatten(), slots(positions).flatten(), starts,
+            lengths + count, table, longest,
+        )  # fmt: skip
     everything = None
     if longest <= config.index_topk:
         at = torch.arange(longest, dtype=torch.int32, device=tokens.device)

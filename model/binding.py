@@ -30,6 +30,18 @@ class Binder:
         self._note(op, op.select(*args, **kwargs))
         return op.bind(*args, **kwargs)
 
+    def later(self, op: Op[P, R], *args: P.args, **kwargs: P.kwargs) -> Callable[P, R]:
+        """The same, but chosen at the first call: for an op that this model may never call, and
+        that nobody has to serve then."""
+        chosen: list[Callable[P, R]] = []
+
+        def call(*own: P.args, **options: P.kwargs) -> R:
+            if not chosen:
+                chosen.append(self(op, *args, **kwargs))
+            return chosen[0](*own, **options)
+
+        return call
+
     def _note(self, op: Op[..., R], impl: Impl[..., R]) -> None:
         before = self.served.get(op.name, "").split(", ")
         self.served[op.name] = ", ".join(dict.fromkeys((*filter(None, before), impl.label)))

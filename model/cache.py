@@ -13,9 +13,7 @@ from torch import Tensor
 
 from dsa_hal.errors import BadInput
 from dsa_hal.ops.layout import KVLayout
-
-PAGE_SIZE = 64
-"""Tokens per page: what today's fast kernels for index keys take."""
+from dsa_hal.target import Architecture
 
 
 @dataclass(eq=False)
@@ -39,7 +37,7 @@ class KVCache:
         latent: KVLayout,
         index: KVLayout,
         num_pages: int,
-        page_size: int = PAGE_SIZE,
+        page_size: int = Architecture.page_size,
         device: torch.device | str | None = None,
     ) -> None:
         self.page_size, self.num_pages = page_size, num_pages
@@ -57,13 +55,11 @@ class KVCache:
     def grow(self, num_pages: int) -> None:
         """Have at least `num_pages` pages; what is stored stays where it is. The pools are copied,
         one layer at a time."""
-        extra = num_pages - self.num_pages
-        if extra <= 0:
+        if num_pages <= self.num_pages:
             return
         for layout, pools in zip(self._layouts, (self.latent, self.index), strict=True):
-            more = layout.empty(extra, self.page_size, self.device)
             for layer, pool in enumerate(pools):
-                pools[layer] = torch.cat([pool, more])
+                pools[layer] = layout.grown(pool, num_pages)
         self._free = [*range(num_pages - 1, self.num_pages - 1, -1), *self._free]
         self.num_pages = num_pages
 

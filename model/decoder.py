@@ -67,7 +67,7 @@ class FixedBatch:
     def _step(self) -> Tensor:
         step = decode_batch(
             self._model.config, self._tokens, self._lengths, self._table, longest=self._longest,
-            page_size=self._cache.page_size,
+            page_size=self._cache.page_size, varlen=self._model.attention_ops.varlen,
         )  # fmt: skip
         logits = self._model.forward(step, self._cache)
         self._lengths.add_(self._grow)

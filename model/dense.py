@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from dsa_hal.model.attention import LATENT_EPS, Attention, AttentionOps
-from dsa_hal.model.batch import Decode, Prefill
+from dsa_hal.model.batch import Decode, Prefill, Step, Varlen
 from dsa_hal.model.binding import ints, meta
-from dsa_hal.model.cache import PAGE_SIZE
 from dsa_hal.model.weights import Loader
 from dsa_hal.ops.dense import dense_mla, mha_prefill
 
@@ -39,9 +38,10 @@ class DenseAttention(Attention):
         )  # fmt: skip
 
     def __call__(
-        self, x: Tensor, step: Prefill | Decode, table: Tensor, latents: Tensor, keys: Tensor
+        self, x: Tensor, step: Step, table: Tensor, latents: Tensor, keys: Tensor
     ) -> Tensor:
-        """As of `Attention`; `keys` is not used."""
+        """As of `Attention`; `keys` is not used, and a step is no `Varlen`."""
+        assert not isinstance(step, Varlen)
         c, f, ops = self.config, self.formats, self.ops
         tokens = x.shape[0]
         q_a, kv_a = self.down(x)
@@ -72,7 +72,7 @@ class DenseAttention(Attention):
         into = torch.bmm(q[..., :nope].to(kind).transpose(0, 1), self.kv_b[:, :nope])
         absorbed = torch.cat([into.transpose(0, 1).to(q.dtype), q[..., nope:]], -1)
         rows = latents.view(-1, self.formats.latent.width)
-        first = step.block_table[:, :1] * PAGE_SIZE
+        first = step.block_table[:, :1] * self.formats.page_size
         latent, _ = self._dense(
             absorbed, rows, first.expand(step.context_lens.shape).flatten(),
             (first + step.context_lens).flatten(), softmax_scale=c.softmax_scale,

@@ -10,9 +10,17 @@ from torch import Tensor
 
 from dsa_hal.errors import BadInput, ConfigError
 from dsa_hal.model.attention import Attention, AttentionOps
-from dsa_hal.model.batch import Decode, Form, Piece, Prefill, decode_step, pieces, prefill_step
+from dsa_hal.model.batch import (
+    Form,
+    Piece,
+    Step,
+    decode_step,
+    pieces,
+    prefill_step,
+    varlen_prefill,
+)
 from dsa_hal.model.binding import Binder, meta
-from dsa_hal.model.cache import PAGE_SIZE, Context, KVCache
+from dsa_hal.model.cache import Context, KVCache
 from dsa_hal.model.checkpoint import Checkpoint
 from dsa_hal.model.layers import RopeTable
 from dsa_hal.model.moe import Moe, mlp
@@ -39,7 +47,7 @@ class Block:
         self._add_norm = load.bind(add_rms_norm, x, x, self.feed_forward_norm, eps=self._eps)
 
     def __call__(
-        self, x: Tensor, residual: Tensor, step: Prefill | Decode, table: Tensor, latents: Tensor,
+        self, x: Tensor, residual: Tensor, step: Step, table: Tensor, latents: Tensor,
         keys: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """x [tokens, hidden] after the first norm and the residual stream before it -> what the
@@ -57,7 +65,8 @@ class Transformer:
     served       op -> label of the implementation chosen for it
     notes        sentences about what the checkpoint holds and this model leaves out
     max_context  tokens a request may have, prompt and continuation together
-    form         "mha" or "mqa" overrides the rule that picks a prefill step's form of attention
+    form         "mha" or "mqa" overrides the rule that picks a prefill step's form of attention;
+                 both are over gathered contexts, also where attention over pages serves otherwise
     record       generation replays recorded decode steps where the device can record them
     attention_ops  the ops that all layers share; `quality` measures what others in their place do
     """
@@ -73,7 +82,7 @@ class Transformer:
     ) -> None:
         c = self.config = checkpoint.config
         self.max_context = _limit(max_context, c.max_position_embeddings)
-        self.formats = resolve(precision, c, checkpoint.weights_dtype)
+        self.formats = resolve(precision, c, checkpoint.weights_dtype, current().limits)
         self.device = torch.device(device or current().device)
         self.notes = checkpoint.notes()
         self.form: Form | None = None
@@ -150,9 +159,9 @@ class Transformer:
 
     def new_cache(self, lengths: Sequence[int]) -> tuple[KVCache, list[Context]]:
         """A cache with room for requests of up to `lengths` tokens, and their empty contexts."""
-        pages = sum(-(-length // PAGE_SIZE) for length in lengths)
         f, layers = self.formats, self.config.num_hidden_layers
-        cache = KVCache(layers, f.latent, f.index, pages, PAGE_SIZE, self.device)
+        pages = sum(-(-length // f.page_size) for length in lengths)
+        cache = KVCache(layers, f.latent, f.index, pages, f.page_size, self.device)
         return cache, [Context() for _ in lengths]
 
     def checked(self, tokens: Sequence[int] | Tensor) -> Tensor:
@@ -189,26 +198,40 @@ class Transformer:
             raise BadInput(f"prefill chunk is {chunk}; it must be at least 1 token")
         starts = [context.length for context in contexts]
         for step in pieces([len(prompt) for prompt in prompts], starts, chunk):
-            batch = prefill_step(
-                self.config, cache, contexts, step, prompts, self.form,
-                free_masks=self.attention_ops.free_masks,
-            )  # fmt: skip
+            batch = self._prefill_step(cache, contexts, step, prompts)
             rows = None if every else _last_rows(step, self.device)
             logits = self.forward(batch, cache, rows)
             for piece in step:
                 contexts[piece.request].length = piece.stop
             yield step, logits
 
+    def _prefill_step(
+        self,
+        cache: KVCache,
+        contexts: Sequence[Context],
+        step: Sequence[Piece],
+        prompts: Sequence[Tensor],
+    ) -> Step:
+        ops = self.attention_ops
+        if ops.varlen and self.form is None:
+            return varlen_prefill(self.config, cache, contexts, step, prompts)
+        return prefill_step(
+            self.config, cache, contexts, step, prompts, self.form, free_masks=ops.free_masks
+        )
+
     def decode(self, cache: KVCache, contexts: Sequence[Context], tokens: Tensor) -> Tensor:
         """Append `tokens` [requests, per_request] int64 to each context: logits fp32 [requests,
         per_request, vocab]."""
-        logits = self.forward(decode_step(self.config, cache, contexts, tokens), cache)
+        varlen = self.attention_ops.varlen
+        logits = self.forward(
+            decode_step(self.config, cache, contexts, tokens, varlen=varlen), cache
+        )
         for context in contexts:
             context.length += tokens.shape[1]
         return logits.view(*tokens.shape, -1)
 
     @torch.inference_mode()
-    def forward(self, step: Prefill | Decode, cache: KVCache, rows: Tensor | None = None) -> Tensor:
+    def forward(self, step: Step, cache: KVCache, rows: Tensor | None = None) -> Tensor:
         """One step through all layers: logits fp32 [rows, vocab] of the tokens in `rows`, of all if
         None."""
         eps, table = self.config.rms_norm_eps, self.rope.upto(step.positions_end)

@@ -80,7 +80,15 @@ def pool(make: Maker, layout: str, pages: int, page_size: int) -> Tensor:
     views = form.views(block)
     for name, part in form.encode(values).items():
         views[name].copy_(part)
-    return block if own == pages else block[torch.arange(pages, device=make.device) % own]
+    if own == pages:
+        return block
+    at = torch.arange(pages, device=make.device) % own
+    if form.order != "split":
+        return block[at]
+    whole = form.empty(pages, page_size, make.device)
+    for name, part in form.views(whole).items():
+        part.copy_(views[name][at])
+    return whole
 
 
 def placed(make: Maker, logical: Tensor, requests: int, pages: int, page_size: int) -> Tensor:

@@ -48,6 +48,18 @@ def _pages_named(inputs: Inputs) -> Tensor:
     return named
 
 
+def _keys_held(inputs: Inputs) -> Tensor:
+    """Entries of block_table [requests, max_pages] that hold keys of requests with new tokens."""
+    table, size = inputs["block_table"], inputs["pages"].shape[1]
+    page = torch.arange(table.shape[1], device=table.device)
+    reach = inputs["context_lens"] * (inputs["cu_seqlens_q"].diff() > 0)
+    return torch.lt(page * size, reach[:, None])
+
+
+def _room(inputs: Inputs) -> int:
+    return int(inputs["block_table"].shape[1] * inputs["pages"].shape[1])
+
+
 _NO_KEY = "-1 (no key) or the number of a key"
 _SLOT = "-1 (none) or a slot of the pool"
 
@@ -58,6 +70,15 @@ _LIMITS = Whole(
     "context_lens",
     lambda i: min(i["max_context_len"], i["block_table"].shape[1] * i["pages"].shape[1]) + 1,
     "a limit within max_context_len and the request's pages",
+)
+_FLAT = (
+    Whole("cu_seqlens_q", lambda i: i["q"].shape[0] + 1, "where a request's tokens begin"),
+    Whole(
+        "context_lens",
+        lambda i: min(i.get("max_context_len", _room(i)), _room(i)) + 1,
+        "a number of keys within max_context_len and the request's pages",
+    ),
+    Whole("block_table", _rows("pages"), "a page of the pool", 0, _keys_held),
 )
 _STORED = Whole("slots", _pool, _SLOT, -1)
 _TURN = Whole("positions", _rows("cos_sin"), "a row of cos_sin")
@@ -86,6 +107,10 @@ RULES.update(
     mha_prefill=(*_ends("k"), Whole("indices", _rows("k"), _NO_KEY, -1)),
     indexer_logits_paged=(_LIMITS, _TABLE),
     indexer_topk_paged=(_LIMITS, _TABLE),
+    indexer_topk_varlen=_FLAT,
+    mla_attention_varlen=(
+        *_FLAT, Whole("positions", _room, "-1 (no key) or a position on the request's pages", -1),
+    ),
     to_slots=(
         Whole("indices", lambda i: i["block_table"].shape[1] * i["page_size"],
               "-1 (none) or a position on the request's pages", -1),
@@ -99,6 +124,7 @@ RULES.update(
     rope=(_TURN,),
     indexer_qk=(_TURN,),
     latent_qkv=(_TURN,),
+    mla_prolog=(Whole("slots", _pool, "a slot of the pool"), _TURN),
     permute=(Whole("ids", lambda i: i["experts"], "-1 (not here) or an expert", -1),),
     unpermute=(Whole("position", _rows("rows"), "-1 (not here) or a row", -1),),
     moe_experts=(Whole("ids", lambda i: i["w13"][0].shape[0], "-1 (not here) or an expert", -1),),

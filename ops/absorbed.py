@@ -1,6 +1,7 @@
 """The whole of sparse MLA in decoding form: queries absorbed into the latent space, attention
 there, results projected back to the heads."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from dsa_hal.ops._attention import (
 )
 from dsa_hal.ops.attention import sparse_mla, sparse_mla_paged
 from dsa_hal.ops.layout import KVLayout, misfit
-from dsa_hal.registry import composite
+from dsa_hal.registry import Call, composite
 
 
 def _inputs(
@@ -94,12 +95,26 @@ def _invalid(
     return None
 
 
+def _asks(
+    q: Tensor, kv_b: Tensor, kv: Tensor, indices: Tensor, *, softmax_scale: float, layout: str = ""
+) -> Sequence[Call]:
+    lora = kv_b.shape[2]
+    options = dict(softmax_scale=softmax_scale, dim_v=lora)
+    if not layout:
+        absorbed = torch.empty(*q.shape[:2], kv.shape[1], dtype=q.dtype, device="meta")
+        return [(sparse_mla, (absorbed, kv, indices), options)]
+    width = KVLayout.parse(layout).width
+    absorbed = torch.empty(q.shape[0], 1, q.shape[1], width, dtype=q.dtype, device="meta")
+    return [(sparse_mla_paged, (absorbed, kv, indices[:, None]), options | {"layout": layout})]
+
+
 _SMALL: dict[str, Any] = dict(nope=12, rope=8, v=10, lora=32)
 
 
 @composite(
     version=1,
     uses=(sparse_mla, sparse_mla_paged),
+    asks=_asks,
     constant=("heads", "k", "nope", "rope", "v", "lora", "dtype", "weight", "layout", "pattern",
               "page_size"),
     variable={"tokens": "q[0]", "context": "kv[0]"},
@@ -115,6 +130,10 @@ _SMALL: dict[str, Any] = dict(nope=12, rope=8, v=10, lora=32)
              traps=(10, 11)),
         case("bf16_pages", tokens=3, context=300, heads=8, k=64, layout="latent_bf16/512+64",
              page_size=3),
+        case("split_pages", tokens=3, context=300, heads=8, k=64, page_size=128,
+             layout="latent_bf16_split/512+64", traps=(10,)),
+        case("int8_pages", tokens=3, context=300, heads=8, k=64, page_size=128,
+             layout="latent_int8/512+64", traps=(10,)),
         case("prefill_32k", model=True, tokens=4096, context=32768, heads=128, k=2048),
         case("decode_b64", model=True, tokens=64, context=32768, heads=128, k=2048,
              layout="latent_fp8/512+64"),

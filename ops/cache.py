@@ -148,6 +148,9 @@ def _store_unread(
         case("bf16", tokens=33, pages=3, page_size=16, layout="latent_bf16/512+64", holes="some"),
         case("fp16", tokens=33, pages=3, page_size=16, layout="latent_fp16/512+64"),
         case("fp32", tokens=33, pages=3, page_size=16, layout="latent_fp32/512+64", values="fp32"),
+        case("split", tokens=33, pages=2, page_size=128, layout="latent_bf16_split/512+64",
+             holes="some", traps=(10,)),
+        case("int8", tokens=33, pages=2, page_size=128, layout="latent_int8/512+64", holes="some"),
         case("decode_128", model=True, tokens=128, pages=64, page_size=64,
              layout="latent_fp8/512+64"),
         case("prefill_8k", model=True, tokens=8192, pages=160, page_size=64,
@@ -170,7 +173,8 @@ def store_latent(pages: Tensor, latent: Tensor, slots: Tensor, *, layout: str) -
     slots   [tokens] int32, distinct; -1 skips the token. A slot outside the pool is an error; what
             checks it raises BadInput
     layout  FP8 layouts quantise the latent in groups of 128 with power-of-two scales and
-            max|x| >= 1e-4, and keep the rotated part in bf16; others convert
+            max|x| >= 1e-4, int8 layouts as `quantize_int8` says, and both keep the rotated part in
+            bf16; others convert
 
     Source: the KV cache of FlashMLA's sparse decode, quantised by `act_quant` of the model's demo
     code.
@@ -222,6 +226,9 @@ def _store_key_unread(
         case("head64", tokens=9, pages=2, page_size=64, layout="index_fp8/64", values="fp32"),
         case("bf16", tokens=33, pages=3, page_size=16, layout="index_bf16/128", holes="some"),
         case("fp32", tokens=33, pages=3, page_size=16, layout="index_fp32/128", values="fp32"),
+        case("int8", tokens=9, pages=3, page_size=64, layout="index_int8/128", values="tiny"),
+        case("int8_split", tokens=33, pages=2, page_size=128, layout="index_int8_split/128",
+             holes="some", traps=(10,)),
         case("decode_128", model=True, tokens=128, pages=64, page_size=64, layout="index_fp8/128"),
         case("prefill_8k", model=True, tokens=8192, pages=160, page_size=64,
              layout="index_fp8/128"),
@@ -239,11 +246,12 @@ def store_index_key(
     """Write each token's indexer key into its slot.
 
     pages   [pages, page_size, record] pool in `layout`; only the named slots change
-    k       [tokens, dim] bf16, fp16 or fp32: normalised, rotated and, for FP8 layouts, Hadamard
-            transformed
+    k       [tokens, dim] bf16, fp16 or fp32: normalised, rotated and, for layouts with scales,
+            Hadamard transformed
     slots   [tokens] int32, distinct; -1 skips the token. A slot outside the pool is an error; what
             checks it raises BadInput
-    layout  FP8 layouts quantise the key with one scale over the whole head; others convert
+    layout  FP8 and int8 layouts quantise the key with one scale over the whole head, the latter as
+            `quantize_int8` says; others convert
     pow2    scales of FP8 layouts are powers of two
 
     Source: the index cache of DeepGEMM's `fp8_paged_mqa_logits`, quantised by `act_quant` of the
@@ -311,6 +319,9 @@ def _latent_unread(
         case("small", tokens=9, pages=2, page_size=5, layout="latent_fp8/64+16"),
         case("bf16", tokens=33, pages=3, page_size=16, layout="latent_bf16/512+64", holes="some"),
         case("fp32", tokens=33, pages=3, page_size=16, layout="latent_fp32/512+64", fp32=True),
+        case("split", tokens=33, pages=2, page_size=128, layout="latent_bf16_split/512+64",
+             holes="some", traps=(10,)),
+        case("int8", tokens=33, pages=2, page_size=128, layout="latent_int8/512+64", holes="some"),
         case("prefix_8k", model=True, tokens=8192, pages=160, page_size=64,
              layout="latent_fp8/512+64"),
         case("prefix_128k", model=True, tokens=131072, pages=2100, page_size=64,
@@ -363,6 +374,9 @@ def _key_invalid(pages: Tensor, slots: Tensor, *, layout: str) -> str | None:
         case("repeats", tokens=60, pages=1, page_size=64, layout="index_fp8/64", repeats=True),
         case("bf16", tokens=33, pages=3, page_size=16, layout="index_bf16/128", holes="some"),
         case("fp32", tokens=33, pages=3, page_size=16, layout="index_fp32/128"),
+        case("int8", tokens=9, pages=3, page_size=64, layout="index_int8/128"),
+        case("int8_split", tokens=33, pages=2, page_size=128, layout="index_int8_split/128",
+             holes="some", traps=(10,)),
         case("prefix_8k", model=True, tokens=8192, pages=160, page_size=64,
              layout="index_fp8/128"),
         case("prefix_128k", model=True, tokens=131072, pages=2100, page_size=64,
@@ -387,5 +401,5 @@ def gather_index_key(pages: Tensor, slots: Tensor, *, layout: str) -> tuple[Tens
     """
     parts = _load(pages, slots, layout)
     k = parts[KVLayout.parse(layout).parts[0].name]
-    scale = parts[SCALE][:, 0] if SCALE in parts else torch.where(slots < 0, 0.0, 1.0)
+    scale = parts[SCALE][:, 0].float() if SCALE in parts else torch.where(slots < 0, 0.0, 1.0)
     return k, scale

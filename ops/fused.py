@@ -18,7 +18,7 @@ from dsa_hal.ops.norm import (
     rope_wrong,
     silu_mul,
 )  # fmt: skip
-from dsa_hal.ops.quant import quantize_fp8, spread
+from dsa_hal.ops.quant import quantize_fp8, quantize_int8, spread
 from dsa_hal.registry import composite
 
 RECODED = 5e-4
@@ -101,10 +101,13 @@ def silu_mul_quantize(x: Tensor, *, pow2: bool = True) -> tuple[Tensor, Tensor]:
 
 # -- indexer_qk ---------------------------------------------------------------------------------
 
+QUANTIZE = ("fp8", "int8", "none")
+"""What the indexer's queries become, which is what its cache holds."""
+
 
 def _indexer_inputs(
     make: Maker, *, tokens: int, heads: int, dim: int, rope_dim: int, interleaved: bool,
-    quantize: bool, pow2: bool, dtype: torch.dtype,
+    quantize: str, pow2: bool, dtype: torch.dtype,
 ) -> Inputs:  # fmt: skip
     q = make.randn(tokens, heads, dim, dtype=dtype)
     q[..., ::31] *= 20
@@ -124,17 +127,17 @@ def _indexer_inputs(
 
 def _indexer_cost(
     q: Tensor, k: Tensor, weights: Tensor, k_weight: Tensor, k_bias: Tensor, positions: Tensor,
-    cos_sin: Tensor, *, interleaved: bool = False, quantize: bool = True, pow2: bool = True,
+    cos_sin: Tensor, *, interleaved: bool = False, quantize: str = "fp8", pow2: bool = True,
     eps: float = 1e-6,
 ) -> Cost:  # fmt: skip
-    written = q.numel() * (1 if quantize else q.element_size())
+    written = q.numel() * (q.element_size() if quantize == "none" else 1)
     read = (q.numel() + 2 * k.numel()) * q.element_size() + 8 * weights.numel()
     return Cost(12.0 * (q.numel() + k.numel()), read + written)
 
 
 def _indexer_invalid(
     q: Tensor, k: Tensor, weights: Tensor, k_weight: Tensor, k_bias: Tensor, positions: Tensor,
-    cos_sin: Tensor, *, interleaved: bool = False, quantize: bool = True, pow2: bool = True,
+    cos_sin: Tensor, *, interleaved: bool = False, quantize: str = "fp8", pow2: bool = True,
     eps: float = 1e-6,
 ) -> str | None:  # fmt: skip
     if wrong := shaped("k", k, "tokens", "dim"):
@@ -142,7 +145,9 @@ def _indexer_invalid(
     tokens, dim = k.shape
     if wrong := shaped("weights", weights, tokens, "heads"):
         return wrong
-    if quantize and dim & (dim - 1):
+    if quantize not in QUANTIZE:
+        return f"quantize is {quantize!r}; expected one of {', '.join(QUANTIZE)}"
+    if quantize != "none" and dim & (dim - 1):
         return f"dim is {dim}; the Hadamard transform needs a power of two"
     return (
         shaped("q", q, tokens, weights.shape[1] * dim)
@@ -158,7 +163,7 @@ def _indexer_check(got: Sequence[Tensor], want: Sequence[Tensor], inputs: Inputs
     """Scales live inside the weights, so q is judged together with their size, and a weight's sign
     (which the ReLU keeps apart from q's) on its own."""
     plain = each(q=calc_diff(1e-5), k=calc_diff(1e-5), weights=one_rounding())
-    if not inputs["quantize"]:
+    if inputs["quantize"] == "none":
         return plain(got, want, inputs)
     if len(got) != 3:
         return Report((Finding("results", "count", str(len(got)), "3", False),))
@@ -176,7 +181,7 @@ def _indexer_check(got: Sequence[Tensor], want: Sequence[Tensor], inputs: Inputs
 
 @composite(
     uses=(layer_norm, rope, hadamard, quantize_fp8),
-    version=1,
+    version=2,
     constant=("heads", "dim", "rope_dim", "interleaved", "quantize", "pow2", "dtype"),
     variable={"tokens": "q[0]"},
     inputs=_indexer_inputs,
@@ -185,17 +190,18 @@ def _indexer_check(got: Sequence[Tensor], want: Sequence[Tensor], inputs: Inputs
             case(name, tokens=tokens, heads=heads, dim=dim, rope_dim=rope_dim, dtype=dtype,
                  interleaved=interleaved, quantize=quantize, pow2=pow2, traps=traps)
             for name, tokens, heads, dim, rope_dim, dtype, interleaved, quantize, pow2, traps in (
-                ("empty", 0, 4, 64, 32, torch.bfloat16, False, True, True, ()),
-                ("one", 1, 4, 64, 32, torch.bfloat16, False, True, True, ()),
-                ("odd", 63, 3, 128, 64, torch.float32, False, True, False, (4,)),
-                ("more", 65, 8, 32, 8, torch.bfloat16, True, True, True, (25,)),
-                ("float", 9, 4, 48, 16, torch.bfloat16, False, False, True, (1, 2)),
-                ("float_fp32", 9, 4, 64, 64, torch.float32, True, False, True, (25,)),
+                ("empty", 0, 4, 64, 32, torch.bfloat16, False, "fp8", True, ()),
+                ("one", 1, 4, 64, 32, torch.bfloat16, False, "fp8", True, ()),
+                ("odd", 63, 3, 128, 64, torch.float32, False, "fp8", False, (4,)),
+                ("more", 65, 8, 32, 8, torch.bfloat16, True, "fp8", True, (25,)),
+                ("int8", 19, 4, 128, 64, torch.bfloat16, False, "int8", True, (4,)),
+                ("float", 9, 4, 48, 16, torch.bfloat16, False, "none", True, (1, 2)),
+                ("float_fp32", 9, 4, 64, 64, torch.float32, True, "none", True, (25,)),
             )
         ),
         *(
             case(f"model_m{tokens}", model=True, tokens=tokens, heads=64, dim=128, rope_dim=64,
-                 dtype=torch.bfloat16, interleaved=False, quantize=True, pow2=True,
+                 dtype=torch.bfloat16, interleaved=False, quantize="fp8", pow2=True,
                  traps=(1, 2, 4))
             for tokens in (1, 64, 4096)
         ),
@@ -207,7 +213,7 @@ def _indexer_check(got: Sequence[Tensor], want: Sequence[Tensor], inputs: Inputs
 )  # fmt: skip
 def indexer_qk(
     q: Tensor, k: Tensor, weights: Tensor, k_weight: Tensor, k_bias: Tensor, positions: Tensor,
-    cos_sin: Tensor, *, interleaved: bool = False, quantize: bool = True, pow2: bool = True,
+    cos_sin: Tensor, *, interleaved: bool = False, quantize: str = "fp8", pow2: bool = True,
     eps: float = 1e-6,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """From the indexer's projections to what `indexer_logits` and the index cache take.
@@ -221,9 +227,10 @@ def indexer_qk(
     positions    [tokens] int32 or int64
     cos_sin      [max_position, rope_dim] fp32, as in `rope`
     interleaved  as in `rope`; false for this model, true for the GLM family
-    quantize     q to FP8 with one scale per head
-    pow2         that scale is a power of two
-    -> q         [tokens, heads, dim] float8_e4m3fn, or q's dtype without `quantize`
+    quantize     "fp8" or "int8": Hadamard, then q to codes with one scale per token and head, those
+                 of int8 as `quantize_int8` says; "none"
+    pow2         the scales of FP8 are powers of two
+    -> q         [tokens, heads, dim] float8_e4m3fn, int8, or q's dtype for "none"
     -> k         [tokens, dim] q's dtype; the cache's store quantises it
     -> weights   [tokens, heads] fp32, times q's scale, heads^-0.5 and dim^-0.5
 
@@ -234,9 +241,13 @@ def indexer_qk(
     turned = rope(q.view(tokens, heads, dim), positions, cos_sin, interleaved=interleaved)
     k = rope(layer_norm(k, k_weight, k_bias, eps=eps), positions, cos_sin, interleaved=interleaved)
     weights = weights * (heads * dim) ** -0.5
-    if not quantize:
+    if quantize == "none":
         return turned, k, weights
-    values, scale = quantize_fp8(hadamard(turned), group=dim, pow2=pow2)
+    spread_out = hadamard(turned)
+    if quantize == "int8":
+        values, scale = quantize_int8(spread_out, group=dim)
+    else:
+        values, scale = quantize_fp8(spread_out, group=dim, pow2=pow2)
     return values, hadamard(k), weights * scale.squeeze(-1)
 
 

@@ -2,7 +2,7 @@
 those of 4096 query tokens against 128K keys are 2 GiB.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from dsa_hal.ops.indexer import (
 )
 from dsa_hal.ops.select import lower_first, selected, ties_request, ties_wrong
 from dsa_hal.ops.select import topk as largest
-from dsa_hal.registry import Op, composite
+from dsa_hal.registry import Call, Op, composite
 
 ACHIEVED = 1e-3
 """How far, relative to a row's largest score, a selected score may lie below the k-th one: what two
@@ -42,16 +42,21 @@ def _budget_wrong(topk: int, ties: str, logits_mb: int) -> str | None:
     return ties_wrong(topk, ties)
 
 
-def _judge(logits: Op[..., Tensor]) -> Check:
-    """Score what was selected with the reference's own scores. Exact zeros come from the ReLU, so
-    they are exact in any order of addition, and the rule for ties can be asked of them."""
+def scored_by(logits: Op[..., Tensor]) -> Callable[[Inputs], Tensor]:
+    """The reference's scores for the inputs of a selection that has those of `logits` as well."""
+    others = ("topk", "ties", "logits_mb")
+    return lambda inputs: logits.reference(**{n: v for n, v in inputs.items() if n not in others})
+
+
+def judged(score: Callable[[Inputs], Tensor]) -> Check:
+    """Score what was selected with the reference's own scores [rows, columns]. Exact zeros come
+    from the ReLU, so they are exact in any order of addition, and the rule for ties can be asked of
+    them."""
 
     def check(got: Sequence[Tensor], want: Sequence[Tensor], inputs: Inputs) -> Report:
         if wrong := count(got, want) or form("out", got[0], want[0]):
             return Report(tuple(wrong))
-        columns = got[0]
-        arguments = {n: v for n, v in inputs.items() if n not in ("topk", "ties", "logits_mb")}
-        scores = logits.reference(**arguments)
+        columns, scores = got[0], score(inputs)
         scores = torch.where(scores.isnan(), -torch.inf, scores)
         finite = torch.where(scores.isfinite(), scores.abs(), 0)
         slack = finite.amax(-1, keepdim=True) * ACHIEVED if scores.numel() else 0.0
@@ -96,6 +101,13 @@ def _ragged_requests(
     return ties_request(ties)
 
 
+def _ragged_asks(
+    q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor, ks: Tensor, ke: Tensor, topk: int, *,
+    ties: str = "any", logits_mb: int = 64,
+) -> Sequence[Call]:  # fmt: skip
+    return [(indexer_logits, (q, k, k_scale, weights, ks, ke), {})]
+
+
 def _ragged_unread(
     q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor, ks: Tensor, ke: Tensor, topk: int, *,
     ties: str = "any", logits_mb: int = 64,
@@ -105,6 +117,7 @@ def _ragged_unread(
 
 @composite(
     uses=(indexer_logits, largest),
+    asks=_ragged_asks,
     version=1,
     constant=("heads", "dim", "topk", "ties", "kind", "ranges", "values", "logits_mb"),
     variable={"tokens": "q[0]", "context": "k[0]"},
@@ -117,6 +130,7 @@ def _ragged_unread(
         case("ragged", tokens=33, context=300, topk=64, ranges="ragged", traps=(15, 21)),
         case("k_odd", tokens=20, context=257, heads=8, topk=37, kind="bf16", ranges="requests",
              traps=(13,)),
+        case("int8", tokens=20, context=257, heads=8, topk=37, kind="int8"),
         case("empty", tokens=5, context=70, heads=8, topk=8, ranges="empty"),
         case("plateau", tokens=9, context=400, topk=64, values="plateau"),
         case("plateau_lower", tokens=9, context=400, topk=64, values="plateau", ties="lower",
@@ -130,7 +144,7 @@ def _ragged_unread(
         case("prefill_32k", model=True, tokens=2048, context=32768, topk=2048, logits_mb=256),
         case("prefill_128k", model=True, tokens=1024, context=131072, topk=2048, logits_mb=256),
     ),
-    check=_judge(indexer_logits),
+    check=judged(scored_by(indexer_logits)),
     cost=_ragged_cost,
     invalid=_ragged_invalid,
     requests=_ragged_requests,
@@ -142,7 +156,7 @@ def indexer_topk(
 ) -> Tensor:  # fmt: skip
     """The keys that each query token attends to: the best `topk` of its range by `indexer_logits`.
 
-    q          [tokens, heads, dim] e4m3 or float, as in `indexer_logits`, like what follows
+    q          [tokens, heads, dim] e4m3, int8 or float, as in `indexer_logits`, like what follows
     k          [context, dim] q's dtype
     k_scale    [context] fp32
     weights    [tokens, heads] fp32
@@ -199,6 +213,14 @@ def _paged_requests(
     return ties_request(ties)
 
 
+def _paged_asks(
+    q: Tensor, pages: Tensor, weights: Tensor, context_lens: Tensor, block_table: Tensor,
+    topk: int, *, layout: str, max_context_len: int, ties: str = "any", logits_mb: int = 64,
+) -> Sequence[Call]:  # fmt: skip
+    options = dict(layout=layout, max_context_len=max_context_len)
+    return [(indexer_logits_paged, (q, pages, weights, context_lens, block_table), options)]
+
+
 def _paged_unread(
     q: Tensor, pages: Tensor, weights: Tensor, context_lens: Tensor, block_table: Tensor,
     topk: int, *, layout: str, max_context_len: int, ties: str = "any", logits_mb: int = 64,
@@ -210,6 +232,7 @@ def _paged_unread(
 
 @composite(
     uses=(indexer_logits_paged, largest),
+    asks=_paged_asks,
     version=1,
     constant=("heads", "dim", "next_n", "topk", "ties", "kind", "page_size", "lengths", "values",
               "logits_mb"),
@@ -223,6 +246,8 @@ def _paged_unread(
         case("page1", batch=3, next_n=1, context=90, heads=8, page_size=1, topk=33),
         case("page16", batch=2, next_n=6, context=129, heads=32, page_size=16, topk=64),
         case("page3", batch=3, next_n=3, context=63, heads=8, page_size=3, topk=7, kind="bf16"),
+        case("int8_split", batch=3, next_n=2, context=300, heads=8, page_size=128, topk=64,
+             kind="int8_split", traps=(10,)),
         case("plateau_lower", batch=3, next_n=2, context=300, topk=64, values="plateau",
              ties="lower", lengths="full", traps=(14,)),
         case("chunks", batch=9, next_n=2, context=40000, heads=8, dim=64, topk=64, logits_mb=1),
@@ -234,7 +259,7 @@ def _paged_unread(
         case("decode_128k", model=True, batch=64, next_n=1, context=131072, topk=2048,
              lengths="full"),
     ),
-    check=_judge(indexer_logits_paged),
+    check=judged(scored_by(indexer_logits_paged)),
     cost=_paged_cost,
     invalid=_paged_invalid,
     requests=_paged_requests,
@@ -247,7 +272,7 @@ def indexer_topk_paged(
     """The positions that each query token of a request attends to: the best `topk` below its limit
     by `indexer_logits_paged`.
 
-    q          [batch, next_n, heads, dim] e4m3 or float, as in that op, like what follows
+    q          [batch, next_n, heads, dim] e4m3, int8 or float, as in that op, like what follows
     pages      [pages, page_size, record], as KVLayout says of `layout`
     weights    [batch * next_n, heads] fp32
     context_lens  [batch, next_n] int32, how many positions each query sees

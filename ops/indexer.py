@@ -17,8 +17,15 @@ from dsa_hal.ops.quant import blocks
 from dsa_hal.ops.select import in_range, to_slots
 from dsa_hal.registry import op
 
-KINDS = {"fp8": torch.float8_e4m3fn, "bf16": torch.bfloat16, "fp32": torch.float32}
+KINDS = {
+    "fp8": torch.float8_e4m3fn, "int8": torch.int8, "bf16": torch.bfloat16, "fp32": torch.float32,
+}  # fmt: skip
 """Stored key types by the name that layouts use; queries have the same type."""
+
+
+def coded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Numbers of deviation 1 as values of a stored type; as codes where it is int8."""
+    return (x * 40).round().clamp(-127, 127).to(dtype) if dtype == torch.int8 else x.to(dtype)
 
 
 def _queries_and_weights(
@@ -29,17 +36,17 @@ def _queries_and_weights(
     if values == "plateau":
         q = -q.abs()
         q[::3] *= -1
-    return q.to(dtype), make.randn(q[..., 0, 0].numel(), shape[-2], scale=0.02)
+    return coded(q, dtype), make.randn(q[..., 0, 0].numel(), shape[-2], scale=0.02)
 
 
 def _keys(make: Maker, shape: tuple[int, ...], dtype: torch.dtype, values: str) -> Tensor:
     k = make.randn(*shape)
-    return (k.abs() if values == "plateau" else k).to(dtype)
+    return coded(k.abs() if values == "plateau" else k, dtype)
 
 
 def _types_wrong(q: Tensor, key: torch.dtype, where: str) -> str | None:
-    if q.dtype not in (torch.float8_e4m3fn, torch.bfloat16, torch.float16, torch.float32):
-        return f"q is {q.dtype}; expected float8_e4m3fn or a floating-point type"
+    if q.dtype not in (*KINDS.values(), torch.float16):
+        return f"q is {q.dtype}; expected float8_e4m3fn, int8 or a floating-point type"
     return f"q is {q.dtype}, {where} {key}; both must be of one type" if q.dtype != key else None
 
 
@@ -88,9 +95,11 @@ def ragged_inputs(
     q, weights = _queries_and_weights(make, (tokens, heads, dim), KINDS[kind], values)
     k = _keys(make, (context, dim), KINDS[kind], values)
     k_scale = make.randn(context).abs() + 0.01
+    if kind not in ("fp8", "int8"):
+        k_scale = torch.ones_like(k_scale)
     spans = _spans(make, ranges, tokens, context)
     return dict(
-        q=q, k=k, k_scale=k_scale if kind == "fp8" else torch.ones_like(k_scale), weights=weights,
+        q=q, k=k, k_scale=k_scale, weights=weights,
         ks=make.tensor([start for start, _ in spans]), ke=make.tensor([end for _, end in spans]),
     )  # fmt: skip
 
@@ -155,6 +164,7 @@ def ragged_unread(
         case("head64", tokens=9, context=200, heads=8, dim=64, ranges="full"),
         case("bf16", tokens=17, context=130, heads=32, kind="bf16", ranges="ragged"),
         case("fp32", tokens=17, context=130, heads=8, kind="fp32", ranges="ragged"),
+        case("int8", tokens=17, context=130, heads=32, kind="int8", ranges="ragged"),
         case("ragged", tokens=40, context=333, ranges="ragged", traps=(15, 21)),
         case("requests", tokens=70, context=500, heads=32, ranges="requests", traps=(15, 21)),
         case("empty", tokens=6, context=90, ranges="empty", traps=(21,)),
@@ -176,9 +186,9 @@ def indexer_logits(
 ) -> Tensor:
     """Scores of every query token against the keys of its range.
 
-    q        [tokens, heads, dim] e4m3, without its scale, or bf16, fp16, fp32
+    q        [tokens, heads, dim] e4m3 or int8, without its scale, or bf16, fp16, fp32
     k        [context, dim] of q's dtype
-    k_scale  [context] fp32, positive; ones for keys that are not FP8
+    k_scale  [context] fp32, positive; ones for keys that are not quantised
     weights  [tokens, heads] fp32, signed; head weight * q scale * heads^-0.5 * dim^-0.5
     ks, ke   [tokens] int32, each row's keys [ks, ke), clipped to [0, context); may be empty
     -> out   [tokens, context] fp32; -inf outside the range, where keys are not read
@@ -197,7 +207,9 @@ def paged_inputs(
     kind: str = "fp8", page_size: int = 64, lengths: str = "ragged", values: str = "plain",
 ) -> Inputs:  # fmt: skip
     layout = KVLayout.parse(f"index_{kind}/{dim}")
-    q, weights = _queries_and_weights(make, (batch, next_n, heads, dim), KINDS[kind], values)
+    q, weights = _queries_and_weights(
+        make, (batch, next_n, heads, dim), layout.parts[0].dtype, values
+    )
     per_request = blocks(context, page_size)
     spare = 3
     table = make.permutation(batch * per_request + spare)[: batch * per_request]
@@ -305,6 +317,17 @@ def paged_unread(
         case("page128", batch=3, next_n=2, context=300, heads=64, page_size=128, traps=(10,)),
         case("bf16", batch=5, next_n=2, context=129, heads=32, kind="bf16"),
         case("fp32", batch=3, next_n=1, context=129, heads=8, dim=64, kind="fp32", page_size=16),
+        case("int8", batch=3, next_n=2, context=129, heads=32, kind="int8"),
+        case(
+            "int8_split",
+            batch=3,
+            next_n=1,
+            context=300,
+            heads=8,
+            kind="int8_split",
+            page_size=128,
+            traps=(10,),
+        ),
         case("plateau", batch=4, next_n=2, context=190, values="plateau", lengths="full"),
         case("batch_8k", model=True, batch=8, next_n=1, context=8192),
         case("decode_8k", model=True, batch=128, next_n=1, context=8192, lengths="full"),

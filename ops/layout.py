@@ -1,11 +1,14 @@
 """Cache layouts as data: what one token's record holds, and how records lie inside a page.
 
 A pool is one tensor `pages` [pages, page_size, record]. Slot s is record s % page_size of page
-s // page_size. Three orders exist, and mixing them up is silent. In "token" order each record lies
+s // page_size. Four orders exist, and mixing them up is silent. In "token" order each record lies
 in one piece (FlashMLA's 656 bytes). In "page" order a page holds one part of all its tokens, then
 the next part of all of them (DeepGEMM's 132 bytes, where the record axis only counts bytes).
 "tile" order is page order with the first part cut into squares of 16 tokens by 16 elements, square
 after square (AITER's preshuffled keys): few kernels read it, none here writes it but `convert`.
+In "split" order the whole pool holds one part of all its tokens, then the next part of all of them,
+so that each part is a pool of its own (what torch_npu takes): the first axis only counts, and a
+piece of such a pool is no pool. It grows by `grown`.
 """
 
 import re
@@ -18,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dsa_hal.errors import BadInput, ConfigError
-from dsa_hal.ops.quant import blocks, dequantize_fp8, quantize_fp8
+from dsa_hal.ops.quant import blocks, dequantize_groups, quantize_fp8, quantize_int8
 
 SCALE = "scale"
 """Name of the part that holds the scales of the first part."""
@@ -51,7 +54,9 @@ class _Form(NamedTuple):
     parts: tuple[tuple[str, torch.dtype], ...]
 
 
-_E4M3, _FP32, _BF16 = torch.float8_e4m3fn, torch.float32, torch.bfloat16
+_E4M3, _INT8 = torch.float8_e4m3fn, torch.int8
+_FP32, _BF16, _FP16 = torch.float32, torch.bfloat16, torch.float16
+_FLOATS = {"bf16": _BF16, "fp16": _FP16, "fp32": _FP32}
 _WHOLE = 1 << 30
 """A scale group that covers any head."""
 
@@ -63,13 +68,25 @@ _FORMS = {
     "index_fp8_tiled": _Form(
         "index", "tile", _WHOLE, torch.uint8, (("key", _E4M3), (SCALE, _FP32))
     ),
+    "latent_int8": _Form(
+        "latent", "token", 128, torch.uint8, (("latent", _INT8), ("rope", _BF16), (SCALE, _FP32))
+    ),
     **{
-        f"latent_{name}": _Form("latent", "token", 0, dtype, (("latent", dtype), ("rope", dtype)))
-        for name, dtype in (("bf16", _BF16), ("fp16", torch.float16), ("fp32", _FP32))
+        f"index_int8{suffix}": _Form(
+            "index", order, _WHOLE, torch.uint8, (("key", _INT8), (SCALE, _FP16))
+        )
+        for suffix, order in (("", "page"), ("_split", "split"))
     },
     **{
-        f"index_{name}": _Form("index", "token", 0, dtype, (("key", dtype),))
-        for name, dtype in (("bf16", _BF16), ("fp32", _FP32))
+        f"latent_{name}{suffix}": _Form(
+            "latent", order, 0, dtype, (("latent", dtype), ("rope", dtype))
+        )
+        for suffix, order in (("", "token"), ("_split", "split"))
+        for name, dtype in _FLOATS.items()
+    },
+    **{
+        f"index_{name}": _Form("index", "token", 0, _FLOATS[name], (("key", _FLOATS[name]),))
+        for name in ("bf16", "fp32")
     },
 }
 
@@ -84,7 +101,7 @@ class KVLayout:
     kind     "latent" (MLA's latent and rotated key part) or "index" (the indexer's keys)
     parts    pieces of a record in memory order
     order    "token": record after record; "page": part after part within a page; "tile": as "page",
-             the first part in squares
+             the first part in squares; "split": part after part within the pool
     group    elements of the first part per scale; 0 = no scales
     element  dtype of `pages`: the parts' own, or uint8 where they differ
     """
@@ -148,6 +165,13 @@ class KVLayout:
         return KVLayout.parse(self.spec.replace("_tiled/", "/"))
 
     @property
+    def codes(self) -> str:
+        """What the first part is quantised to, "fp8" or "int8"; "none" where it is not."""
+        if not self.group:
+            return "none"
+        return "int8" if self.parts[0].dtype == _INT8 else "fp8"
+
+    @property
     def token_bytes(self) -> int:
         return sum(part.bytes for part in self.parts)
 
@@ -162,9 +186,18 @@ class KVLayout:
         """A pool of zeros [num_pages, page_size, record]; a zero record decodes to zeros."""
         return torch.zeros(num_pages, page_size, self.record, dtype=self.element, device=device)
 
+    def grown(self, pages: Tensor, num_pages: int) -> Tensor:
+        """A pool of `num_pages` that begins with the contents of `pages`, of which it has no fewer;
+        a copy."""
+        out = self.empty(num_pages, pages.shape[1], pages.device)
+        old, new = (self._pieces(p) if self.order == "split" else {"": p} for p in (pages, out))
+        for name, piece in new.items():
+            piece[: pages.shape[0]] = old[name]
+        return out
+
     def why_not(self, pages: Tensor) -> str | None:
-        """Why `pages` is no pool of this layout, or None. Pages may lie apart; inside a page there
-        are no gaps."""
+        """Why `pages` is no pool of this layout, or None. Pages may lie apart, but in split order;
+        inside a page there are no gaps."""
         if pages.dtype != self.element or pages.dim() != 3 or pages.shape[2] != self.record:
             return (
                 f"pages are {pages.dtype} {list(pages.shape)}; layout {self.spec} is"
@@ -177,6 +210,11 @@ class KVLayout:
             return (
                 f"pages have strides {list(pages.stride())}; inside a page of layout {self.spec}"
                 f" they must be {self.record} and 1"
+            )
+        if self.order == "split" and not pages.is_contiguous():
+            return (
+                f"pages have strides {list(pages.stride())}; a pool of layout {self.spec} must be"
+                " contiguous as a whole"
             )
         if self.order == "tile" and page_size % TILE:
             return f"pages hold {page_size} tokens; layout {self.spec} takes multiples of {TILE}"
@@ -215,6 +253,14 @@ class KVLayout:
             piece.copy_(tokens[..., None].expand_as(piece))
         return out
 
+    def quantized(self, values: Tensor, *, pow2: bool = True) -> tuple[Tensor, Tensor]:
+        """The first part, and the scales, of records that begin with `values`, where it has scales.
+        `pow2` is about those of FP8."""
+        if self.codes == "int8":
+            scale = next(part.dtype for part in self.parts if part.name == SCALE)
+            return quantize_int8(values, group=self.group, scale_dtype=scale)
+        return quantize_fp8.reference(values, group=self.group, pow2=pow2)
+
     def encode(self, values: Tensor, *, pow2: bool = True) -> dict[str, Tensor]:
         """The parts of the records that store `values` [..., width], in their stored dtypes."""
         out: dict[str, Tensor] = {}
@@ -223,9 +269,7 @@ class KVLayout:
             piece = values[..., at : at + part.count]
             at += part.count
             if self.group and part is self.parts[0]:
-                out[part.name], out[SCALE] = quantize_fp8.reference(
-                    piece, group=self.group, pow2=pow2
-                )
+                out[part.name], out[SCALE] = self.quantized(piece, pow2=pow2)
             else:
                 out[part.name] = piece.to(part.dtype)
         return out
@@ -235,9 +279,7 @@ class KVLayout:
         rounding."""
         first, *rest = (parts[part.name] for part in self.data)
         if self.group:
-            first = dequantize_fp8.reference(
-                first, parts[SCALE], group=self.group, out_dtype=torch.float32
-            )
+            first = dequantize_groups(first, parts[SCALE], group=self.group)
         return torch.cat([first.float(), *(part.float() for part in rest)], -1)
 
     def _pieces(self, pages: Tensor) -> dict[str, Tensor]:
@@ -249,6 +291,11 @@ class KVLayout:
             if self.order == "token":
                 out[part.name] = pages[..., at : at + length]
                 at += length
+            elif self.order == "split":
+                count, page_size = pages.shape[:2]
+                end = at + length * count * page_size
+                out[part.name] = pages.view(-1)[at:end].view(count, page_size, length)
+                at = end
             else:
                 count, page_size = pages.shape[:2]
                 shape, strides = (count, page_size, length), (pages.stride(0), length, 1)

@@ -329,7 +329,7 @@ def _experts_unread(
             for tokens in (64, 4096)
         ),
     ),
-    check=by_act(5e-5),
+    check=by_act(5e-5, roundings=2),
     cost=_experts_cost,
     invalid=_experts_invalid,
     unread=_experts_unread,

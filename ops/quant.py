@@ -1,4 +1,5 @@
-"""FP8 with block scales: the activations' 1x128 groups and the weights' 128x128 blocks.
+"""FP8 with block scales: the activations' 1x128 groups and the weights' 128x128 blocks. And int8,
+symmetric, with a scale per group of a row.
 
 A scale always multiplies: x is about values * scale. Partial blocks at the right and lower edge are
 ordinary blocks with fewer elements (kv_a_proj has 576 rows: 4.5 blocks).
@@ -17,6 +18,9 @@ FP8_MAX = 448.0
 AMAX_FLOOR = 1e-4
 """Groups whose largest magnitude is below this are scaled as if it were this (the model's own
 rule)."""
+
+INT8_MAX = 127.0
+"""Largest code of symmetric int8; -128 has no counterpart and is not used."""
 
 
 def blocks(size: int, block: int) -> int:
@@ -37,6 +41,28 @@ def power_of_two(scale: Tensor) -> Tensor:
     bits = scale.view(torch.int32)
     exponent = (bits >> 23) + ((bits & 0x7FFFFF) != 0)
     return (exponent << 23).view(torch.float32)
+
+
+def quantize_int8(
+    x: Tensor, *, group: int, scale_dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
+    """x [..., dim] as codes int8 [..., dim] and scales [..., ceil(dim / group)] of `scale_dtype`.
+
+    A scale is max|x| / 127 of its group, rounded to `scale_dtype` before codes are made of it, and
+    a code is x / scale in fp32, rounded half to even, at most 127 either way. Where the scale is 0,
+    because all of x is or is too small for its dtype, so are the codes.
+    """
+    padded = torch.nn.functional.pad(x.float(), (0, -x.shape[-1] % group))
+    amax = padded.unflatten(-1, (-1, group)).abs().amax(-1)
+    scale = (amax / INT8_MAX).clamp_max(torch.finfo(scale_dtype).max).to(scale_dtype)
+    full = spread(scale.float(), 1, x.shape[-1], 1, group)
+    codes = (x.float() / full).round().clamp(-INT8_MAX, INT8_MAX)
+    return torch.where(full > 0, codes, 0).to(torch.int8), scale
+
+
+def dequantize_groups(values: Tensor, scale: Tensor, *, group: int) -> Tensor:
+    """Codes of any type [..., dim] times their scales [..., ceil(dim / group)], in fp32."""
+    return values.float() * spread(scale.float(), 1, values.shape[-1], 1, group)
 
 
 # -- quantize_fp8 -------------------------------------------------------------------------------

@@ -264,6 +264,16 @@ def test_a_derived_table_says_so_and_has_no_times(
     assert "us" not in table["ops"]["toy_tuned"]["winners"][0]
 
 
+def test_what_writes_nothing_says_so(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Static tuning knows programs of Triton alone, and the processor has none."""
+    path = cache / "none.yaml"
+    words = ["tune", "topk", "--static", "--impl", "nobody", "--output", str(path)]
+    with use(target="rocm:gfx950"):
+        assert main(words) == 0
+    said = capsys.readouterr().err
+    assert "nothing is written: rocm:gfx950" in said and not path.exists()
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [

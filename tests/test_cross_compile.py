@@ -3,6 +3,7 @@ error turns it red. Compiles small programs for three targets; no device is need
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,16 @@ def test_a_changed_table_is_an_error(
     wrong.append("something is planted")
     assert command.main(["--write", "--jobs", "1"]) == 1
     assert "WRONG  something is planted" in capsys.readouterr().out
+
+
+def test_a_process_compiles_for_one_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6 keeps AMD's first target: after gfx950, code for gfx942 has instructions that it
+    does not know; after gfx942, gfx950 converts FP8 by dozens of others, and nothing says so."""
+    monkeypatch.setattr(command, "metrics", lambda launch, arch: (arch, os.getpid()))
+    programs = [program(target, launched(target, BM=bm)) for target in TARGETS for bm in (16, 32)]
+    found: Any = command.compile_all(programs, 1)
+    assert [arch for arch, _ in found] == ["gfx950"] * 2 + ["gfx942"] * 2 + ["sm90"] * 2
+    assert len({pid for _, pid in found}) == 3 and os.getpid() not in {pid for _, pid in found}
 
 
 def test_what_does_not_compile_is_told() -> None:

@@ -70,7 +70,7 @@ def test_keys_are_split_to_fill_the_processors(blocks: int, tiles: int) -> None:
 @pytest.mark.parametrize("rows", [1, 16, 33, 100, 128])
 @pytest.mark.parametrize(("width", "size"), [(40, 2), (192, 2), (576, 2), (576, 4)])
 def test_tiles_of_dense_attention(rows: int, width: int, size: int) -> None:
-    choices = dense.SPACE.legal(rows=rows, width=width, size=size)
+    choices = dense.SPACES["mha_prefill"].legal(rows=rows, width=width, size=size)
     assert choices
     for config in choices:
         assert config.rows <= max(16, 2 * rows) and config.keys in (16, 32, 64)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from foreign import foreign
 
 from dsa_hal.backends.portable.rows import LANES, SPACES, WIDEST, dense, flat, power_of_two
 from dsa_hal.ops.layout import SCALE, KVLayout
@@ -44,9 +45,10 @@ def test_every_tile_fits_its_threads(name: str) -> None:
 
 @pytest.mark.parametrize("name", SPACES)
 def test_no_case_of_the_matrix_is_refused(name: str) -> None:
+    """But for int8 and pools in split order."""
     for case in OPS[name].cases:
         inputs = case.make(OPS[name].inputs, "meta")
-        assert own(name).why_not(**inputs) is None, case.name
+        assert (own(name).why_not(**inputs) is None) != foreign(case), case.name
 
 
 def test_what_cannot_be_held_is_refused_in_words() -> None:

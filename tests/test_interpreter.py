@@ -198,6 +198,25 @@ def test_an_unknown_target_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> 
     assert "unknown target 'rocm:gfx1'" in capsys.readouterr().err
 
 
+# -- the model ----------------------------------------------------------------------------------
+
+
+@SLOW
+def test_an_fp8_model_runs_where_units_multiply_the_other_dialect() -> None:
+    """Weights, activations and both caches e4m3fn, as gfx942: as far from fp32 as the processor's
+    FP8 model is, in prefill and decode."""
+    done = subprocess.run(
+        [sys.executable, Path(__file__).with_name("interpreted_model.py"), "rocm:gfx942"],
+        capture_output=True, text=True, env=environment(), timeout=PATIENCE, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    told = json.loads(done.stdout)
+    assert "weights fp8" in told["formats"] and "index_fp8/128" in told["formats"]
+    for phase in ("prefill", "decode"):
+        error, noise = told[phase]
+        assert 0 < error < 2 * noise, (phase, error, noise)
+
+
 # -- every implementation -----------------------------------------------------------------------
 
 

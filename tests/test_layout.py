@@ -9,8 +9,10 @@ import pytest
 import torch
 
 from dsa_hal.errors import BadInput, ConfigError
+from dsa_hal.model.cache import KVCache
 from dsa_hal.ops import gather_index_key, gather_latent, store_index_key, store_latent
 from dsa_hal.ops.layout import KVLayout, convert
+from dsa_hal.ops.quant import dequantize_groups, quantize_int8
 
 LATENT, INDEX = "latent_fp8/512+64", "index_fp8/128"
 
@@ -211,3 +213,133 @@ def test_slots_outside_the_pool_are_named_and_nothing_is_written(slot: int) -> N
         assert not pages.any()
         with pytest.raises(BadInput, match=rf"slots\[2\] is {slot}"):
             load(pages, slots, layout=spec)
+
+
+# -- int8 and split order ------------------------------------------------------------------------
+
+
+def int8_codes(values: np.ndarray, scale: np.floating) -> bytes:
+    """Codes nearest to values / scale, ties to the even one, at most 127 either way."""
+    codes = np.rint(values.astype(np.float32) / np.float32(scale)).clip(-127, 127)
+    return codes.astype(np.int8).tobytes()
+
+
+def test_an_int8_latent_is_codes_then_rope_then_scales() -> None:
+    torch.manual_seed(6)
+    spec, values = "latent_int8/512+64", torch.randn(2, 576, dtype=torch.bfloat16)
+    values[1, 128:256] = 0
+    pages = KVLayout.parse(spec).empty(2, 128)
+    store_latent(pages, values, torch.tensor([130, 5], dtype=torch.int32), layout=spec)
+    memory = bytearray(2 * 128 * 656)
+    for slot, row in zip((130, 5), values.float().numpy(), strict=True):
+        groups = row[:512].reshape(4, 128)
+        scales = np.abs(groups).max(1) / np.float32(127)
+        codes = b"".join(
+            int8_codes(group, scale) if scale else bytes(128)
+            for group, scale in zip(groups, scales, strict=True)
+        )
+        record = codes + b"".join(bf16(x) for x in row[512:].tolist()) + scales.tobytes()
+        memory[slot * 656 : slot * 656 + 656] = record
+    assert pages.numpy().tobytes() == bytes(memory)
+
+
+def test_a_split_pool_holds_part_after_part() -> None:
+    """Codes and fp16 scales of index keys; latents and rotated parts. Each part of the whole pool
+    is contiguous."""
+    torch.manual_seed(7)
+    spec, values = "index_int8_split/128", torch.randn(2, 128) * 3
+    pages = KVLayout.parse(spec).empty(3, 16)
+    store_index_key(pages, values, torch.tensor([47, 0], dtype=torch.int32), layout=spec)
+    memory = bytearray(3 * 16 * 130)
+    for slot, row in zip((47, 0), values.numpy(), strict=True):
+        scale = np.float16(np.abs(row).max() / np.float32(127))
+        memory[slot * 128 : slot * 128 + 128] = int8_codes(row, scale)
+        memory[3 * 16 * 128 + 2 * slot : 3 * 16 * 128 + 2 * slot + 2] = scale.tobytes()
+    assert pages.numpy().tobytes() == bytes(memory)
+
+    spec, latent = "latent_bf16_split/512+64", torch.randn(48, 576, dtype=torch.bfloat16)
+    pages = KVLayout.parse(spec).empty(3, 16)
+    store_latent(pages, latent, torch.arange(48, dtype=torch.int32), layout=spec)
+    parts = KVLayout.parse(spec).views(pages)
+    assert {name: tuple(part.shape) for name, part in parts.items()} == {
+        "latent": (3, 16, 512), "rope": (3, 16, 64),
+    }  # fmt: skip
+    assert all(part.is_contiguous() for part in parts.values())
+    assert torch.equal(parts["latent"].view(48, 512), latent[:, :512])
+    assert torch.equal(pages.flatten()[: 48 * 512], latent[:, :512].flatten())
+
+
+def test_a_piece_of_a_split_pool_is_none() -> None:
+    spec = "latent_bf16_split/512+64"
+    pages = KVLayout.parse(spec).empty(4, 16)
+    with pytest.raises(BadInput, match="contiguous as a whole"):
+        gather_latent(pages[::2], torch.zeros(1, dtype=torch.int32), layout=spec)
+    wide = torch.zeros(4, 2, 16, 576, dtype=torch.bfloat16)[:, 0]
+    with pytest.raises(BadInput, match="contiguous as a whole"):
+        store_latent(wide, torch.zeros(1, 576), torch.zeros(1, dtype=torch.int32), layout=spec)
+
+
+@pytest.mark.parametrize(
+    "spec", [LATENT, INDEX, "latent_bf16_split/32+8", "latent_int8/128+8", "index_int8_split/32",
+             "index_int8/32", "index_fp32/16"],
+)  # fmt: skip
+def test_pools_grow_and_keep_their_contents(spec: str) -> None:
+    torch.manual_seed(8)
+    layout = KVLayout.parse(spec)
+    pages = layout.empty(3, 16)
+    for name, part in layout.encode(torch.randn(3, 16, layout.width)).items():
+        layout.views(pages)[name].copy_(part)
+    before = layout.decode(layout.views(pages))
+    more = layout.grown(pages, 5)
+    after = layout.decode(layout.views(more))
+    assert more.shape == (5, *pages.shape[1:]) and more.dtype == pages.dtype
+    assert torch.equal(after[:3], before) and not after[3:].any()
+
+
+def test_a_cache_of_split_pools_grows() -> None:
+    latent, index = KVLayout.parse("latent_bf16_split/32+8"), KVLayout.parse("index_int8_split/16")
+    cache = KVCache(2, latent, index, 2, 16)
+    slots = torch.tensor([3, 30], dtype=torch.int32)
+    values = torch.randn(2, 40, dtype=torch.bfloat16)
+    store_latent(cache.latent[1], values, slots, layout=latent.spec)
+    cache.grow(7)
+    assert torch.equal(gather_latent(cache.latent[1], slots, layout=latent.spec), values)
+    assert (cache.num_pages, cache.free_pages) == (7, 7)
+    assert all(pool.shape[0] == 7 for pool in (*cache.latent, *cache.index))
+
+
+@pytest.mark.parametrize(
+    ("source", "target"),
+    [
+        ("latent_bf16/512+64", "latent_bf16_split/512+64"),
+        ("index_int8/128", "index_int8_split/128"),
+        ("index_int8_split/128", "index_fp32/128"),
+        ("latent_bf16_split/512+64", "latent_fp32_split/512+64"),
+    ],
+)
+def test_convert_moves_values_between_orders(source: str, target: str) -> None:
+    torch.manual_seed(9)
+    old, new = KVLayout.parse(source), KVLayout.parse(target)
+    pages = old.empty(3, 16)
+    for name, part in old.encode(torch.randn(3, 16, old.width) * 5).items():
+        old.views(pages)[name].copy_(part)
+    there = convert(pages, source, target)
+    assert torch.equal(new.decode(new.views(there)), old.decode(old.views(pages)))
+    assert torch.equal(convert(there, target, source), pages)
+
+
+def test_int8_rounds_to_even_and_saturates() -> None:
+    x = torch.tensor([[127.0, 0.5, 1.5, -2.5, -127.0, 126.6]])
+    codes, scale = quantize_int8(x, group=6)
+    assert scale.tolist() == [[1.0]]
+    assert codes.tolist() == [[127, 0, 2, -2, -127, 127]]
+    torch.manual_seed(10)
+    wide = torch.randn(50, 256) * torch.logspace(-9, 9, 50)[:, None]
+    codes, scale = quantize_int8(wide, group=128, scale_dtype=torch.float16)
+    assert scale.dtype == torch.float16 and scale.isfinite().all()
+    assert int(codes.abs().max()) == 127 and int(codes.min()) == -127
+    plain = (scale > 6.2e-5) & (scale < 65504)  # neither subnormal nor at the end
+    back = dequantize_groups(codes, scale, group=128)
+    error = (back - wide).abs().unflatten(1, (2, 128)).amax(-1)
+    assert (error <= 0.57 * scale.float())[plain].all()
+    assert not quantize_int8(torch.zeros(2, 128), group=128)[0].any()

@@ -45,6 +45,11 @@ def checkout(tmp_path: Path) -> Path:
     (support / "interpreted-gfx950.csv").write_text(
         "target,op,impl,case,status,detail\nrocm:gfx950,rope,rocm/triton,one,ok,\n"
     )
+    (support / "emulated-a2.csv").write_text(
+        "target,op,impl,case,status,detail\n"
+        "npu:a2,rope,npu/torch_npu,one,ok,\n"
+        "npu:a2,rope,npu/torch_npu,two,refused,cannot\n"
+    )
     (compiled / "table-3.7.0.csv").write_text(
         "target,op,impl,case,kernel,config\n"
         "rocm:gfx950,rope,rocm/triton,one,rope.rotate,a\n"
@@ -63,13 +68,17 @@ def test_results_are_counted(tmp_path: Path) -> None:
     assert found.counts["rocm:gfx950", "rope"] == {"interpreted": 1, "compiled": 2}
     assert found.failed == {("cuda:sm90", "rope"): 1} and found.compilers == ["3.6.0", "3.7.0"]
     text = proof.page(found)
-    row = "| rope | nothing | **failed 1** | interpreted 1, compiled 2 | nothing |"
+    row = (
+        "| rope | nothing | **failed 1** | interpreted 1, compiled 2 | nothing | emulated 1 |"
+        " nothing | nothing |"
+    )
     assert row in text and "by Triton 3.6.0, 3.7.0" in text
-    assert "| topk | ran 1 | ran 2 | nothing | nothing |" in text
+    assert "| topk | ran 1 | ran 2 | nothing | nothing | nothing |" in text
     assert "| rope | empty, odd," in text, "cases that were left out"
     told = proof.summary(found)
-    assert "| `cuda:sm90` | NVIDIA H200 | 2 cases of 1 ops, 1 failed | no | no |" in told
-    assert "MI350X | not recorded | 1 cases of 1 ops | 2 programs of 1 ops |" in told
+    assert "| `cuda:sm90` | NVIDIA H200 | 2 cases of 1 ops, 1 failed | no | no | no |" in told
+    assert "MI350X | not recorded | 1 cases of 1 ops | no | 2 programs of 1 ops |" in told
+    assert "| `npu:a2` | Ascend910B2 | not recorded | no | 1 cases of 1 ops | no |" in told
 
 
 def test_the_command_writes_both(

@@ -60,7 +60,7 @@ def toy() -> Iterator[Op[..., Any]]:
 
 
 def test_the_supported_devices_are_stated() -> None:
-    assert {"cuda:sm90", "rocm:gfx950", "rocm:gfx942", "npu:910b", "npu:950"} <= set(STATED)
+    assert {"cuda:sm90", "rocm:gfx950", "rocm:gfx942", "npu:a2", "npu:950"} <= set(STATED)
     gfx950, gfx942 = (architectures("rocm")[name] for name in ("gfx950", "gfx942"))
     assert (gfx950.shared, gfx950.processors, gfx950.bytes_per_s) == (160 << 10, 256, 8e12)
     assert (gfx942.shared, gfx942.processors, gfx942.bytes_per_s) == (64 << 10, 304, 5.3e12)
@@ -218,9 +218,11 @@ def test_a_static_table_fits_every_device_and_gives_way_to_a_measured_one(
 
         def entry(size: int, warps: int) -> dict[str, Any]:
             rows = [{"facts": {"n": 2}, "config": {"size": size, "warps": warps}}]
-            return {"contract": 1, "winners": [], "configs": {space.name: rows}}
+            winners = [{"call": {}, "us": {"tiled": 1.0}}]
+            return {"contract": 1, "winners": winners, "configs": {space.name: rows}}
 
         store.keep(store.user_file(mine), of_any, "toy_target", entry(2, 1), static=True)
+        assert store.winners("toy_target", 1, mine) == (), "rank stands until it is measured"
         space.forget()
         assert store.read(store.user_file(mine))["stamp"]["static"] is True
         assert space.pick(n=2) == Tile(2, 1), "its name is no matter"

@@ -17,5 +17,5 @@ def gather(pages: Tensor, slots: Tensor, *, layout: str) -> tuple[Tensor, Tensor
     k = torch.zeros(slots.shape[0], known.width, dtype=key.dtype)
     raw(k)[token] = raw(views[key.name])[page, offset]
     scale = torch.zeros(slots.shape[0])
-    scale[token] = views[SCALE][page, offset, 0] if known.group else 1.0
+    scale[token] = views[SCALE][page, offset, 0].float() if known.group else 1.0
     return k, scale

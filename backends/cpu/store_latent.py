@@ -31,6 +31,9 @@ def write(op: str, pages: Tensor, values: Tensor, slots: Tensor, layout: str, po
             piece = rows[:, left : left + part.count]
             left += part.count
             if known.group and part is known.parts[0]:
-                piece, scale = quantize(piece, group=known.group, pow2=pow2)
+                if known.codes == "int8":
+                    piece, scale = known.quantized(piece)
+                else:
+                    piece, scale = quantize(piece, group=known.group, pow2=pow2)
                 views[SCALE][where] = scale
             raw(views[part.name])[where] = raw(piece.to(part.dtype))

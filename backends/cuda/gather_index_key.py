@@ -2,10 +2,17 @@
 
 from torch import Tensor
 
+from dsa_hal.backends.portable import layouts
 from dsa_hal.ops.cache import gather_index_key
 
 
-@gather_index_key.impl("cuda", "triton", contract=1, arch=("sm90",), needs=("triton>=3.6",))
+def _why_not(pages: Tensor, slots: Tensor, *, layout: str) -> str | None:
+    return layouts.unknown(layout)
+
+
+@gather_index_key.impl(
+    "cuda", "triton", contract=1, arch=("sm90",), needs=("triton>=3.6",), why_not=_why_not
+)
 def gather(pages: Tensor, slots: Tensor, *, layout: str) -> tuple[Tensor, Tensor]:
     """Stored codes and scales as they are."""
     from dsa_hal.backends.portable._kernels.cache import gathered

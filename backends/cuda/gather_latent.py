@@ -3,10 +3,19 @@
 import torch
 from torch import Tensor
 
+from dsa_hal.backends.portable import layouts
 from dsa_hal.ops.cache import gather_latent
 
 
-@gather_latent.impl("cuda", "triton", contract=1, arch=("sm90",), needs=("triton>=3.6",))
+def _why_not(
+    pages: Tensor, slots: Tensor, *, layout: str, out_dtype: torch.dtype = torch.bfloat16
+) -> str | None:
+    return layouts.unknown(layout)
+
+
+@gather_latent.impl(
+    "cuda", "triton", contract=1, arch=("sm90",), needs=("triton>=3.6",), why_not=_why_not
+)
 def gather(
     pages: Tensor, slots: Tensor, *, layout: str, out_dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:

@@ -11,6 +11,7 @@ from dsa_hal.autotune.space import Space
 from dsa_hal.backends.cuda import _nvrtc
 from dsa_hal.backends.cuda._limits import LIMITS
 from dsa_hal.backends.portable import indexer_logits as portable
+from dsa_hal.backends.portable import layouts
 from dsa_hal.backends.portable.indexer import logits
 from dsa_hal.ops.indexer import indexer_logits
 
@@ -44,7 +45,13 @@ def shared_bytes(config: Config) -> int:
     return 2 * COLUMNS * DIM + tiles + 2 * 16 + 8 * (2 + 4 * WARPGROUPS)
 
 
-@indexer_logits.impl("cuda", "torch", contract=1)
+def _why_not(
+    q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor, ks: Tensor, ke: Tensor
+) -> str | None:
+    return layouts.coded(q)
+
+
+@indexer_logits.impl("cuda", "torch", contract=1, why_not=_why_not)
 def scores(
     q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor, ks: Tensor, ke: Tensor
 ) -> Tensor:
@@ -52,7 +59,7 @@ def scores(
     return logits(q, k, k_scale, weights, ks, ke, LIMITS)
 
 
-@indexer_logits.impl("cuda", "triton", contract=1, needs=("triton>=3.6",), rank=1)
+@indexer_logits.impl("cuda", "triton", contract=1, needs=("triton>=3.6",), rank=1, why_not=_why_not)
 def tiled(q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor, ks: Tensor, ke: Tensor) -> Tensor:
     """Any dtype; a program per tile of keys and some rows."""
     return portable.ragged(q, k, k_scale, weights, ks, ke)

@@ -10,6 +10,7 @@ from torch import Tensor
 from dsa_hal.autotune.space import Space
 from dsa_hal.backends.cuda import _nvrtc
 from dsa_hal.backends.portable import indexer_logits as portable
+from dsa_hal.backends.portable import layouts
 from dsa_hal.ops.indexer import indexer_logits_paged
 from dsa_hal.ops.layout import KVLayout
 
@@ -52,7 +53,16 @@ def shared_bytes(config: Config, columns: int) -> int:
     return 2 * queries * DIM + tiles + 2 * 16 + 8 * (2 + 4 * (config.wgs + 1))
 
 
-@indexer_logits_paged.impl("cuda", "triton", contract=1, needs=("triton>=3.6",), rank=1)
+def _why_not(
+    q: Tensor, pages: Tensor, weights: Tensor, context_lens: Tensor, block_table: Tensor, *,
+    layout: str, max_context_len: int,
+) -> str | None:  # fmt: skip
+    return layouts.unknown(layout)
+
+
+@indexer_logits_paged.impl(
+    "cuda", "triton", contract=1, needs=("triton>=3.6",), rank=1, why_not=_why_not
+)
 def tiled(
     q: Tensor, pages: Tensor, weights: Tensor, context_lens: Tensor, block_table: Tensor, *,
     layout: str, max_context_len: int,

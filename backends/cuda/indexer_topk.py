@@ -6,6 +6,7 @@ from torch import Tensor
 from dsa_hal.backends.cuda import _nvrtc, _sift
 from dsa_hal.backends.cuda.indexer_logits import scores_into, scores_why_not
 from dsa_hal.backends.cuda.topk import run
+from dsa_hal.backends.portable import layouts
 from dsa_hal.backends.portable.index_select import ragged
 from dsa_hal.backends.portable.indexer_logits import ragged_into
 from dsa_hal.backends.portable.select import largest_into
@@ -16,9 +17,16 @@ WORKSPACE = 64
 few ends of kernels at which processors wait."""
 
 
+def _why_not(
+    q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor, ks: Tensor, ke: Tensor, topk: int, *,
+    ties: str = "any", logits_mb: int = 64,
+) -> str | None:  # fmt: skip
+    return layouts.coded(q)
+
+
 @indexer_topk.impl("cuda", "cuda", contract=1, arch=("sm90",),
                    needs=(*_nvrtc.NEEDS, "triton>=3.6"), rank=1,
-                   promises=("deterministic", "ties=lower"))  # fmt: skip
+                   promises=("deterministic", "ties=lower"), why_not=_why_not)  # fmt: skip
 def select(
     q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor, ks: Tensor, ke: Tensor, topk: int, *,
     ties: str = "any", logits_mb: int = 64,
@@ -46,7 +54,7 @@ def select(
 
 
 @indexer_topk.impl("cuda", "triton", contract=1, needs=("triton>=3.6",),
-                   promises=("deterministic", "ties=lower"))  # fmt: skip
+                   promises=("deterministic", "ties=lower"), why_not=_why_not)  # fmt: skip
 def portable(
     q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor, ks: Tensor, ke: Tensor, topk: int, *,
     ties: str = "any", logits_mb: int = 64,

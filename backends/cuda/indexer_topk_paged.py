@@ -7,15 +7,23 @@ from dsa_hal.backends.cuda import _nvrtc
 from dsa_hal.backends.cuda.indexer_logits_paged import scores_into
 from dsa_hal.backends.cuda.indexer_topk import WORKSPACE
 from dsa_hal.backends.cuda.topk import run
+from dsa_hal.backends.portable import layouts
 from dsa_hal.backends.portable.index_select import paged
 from dsa_hal.backends.portable.indexer_logits import paged_into
 from dsa_hal.backends.portable.select import largest_into
 from dsa_hal.ops.index_select import indexer_topk_paged, rows_within
 
 
+def _why_not(
+    q: Tensor, pages: Tensor, weights: Tensor, context_lens: Tensor, block_table: Tensor,
+    topk: int, *, layout: str, max_context_len: int, ties: str = "any", logits_mb: int = 64,
+) -> str | None:  # fmt: skip
+    return layouts.unknown(layout)
+
+
 @indexer_topk_paged.impl("cuda", "cuda", contract=1, arch=("sm90",),
                          needs=(*_nvrtc.NEEDS, "triton>=3.6"), rank=1,
-                         promises=("deterministic", "ties=lower"))  # fmt: skip
+                         promises=("deterministic", "ties=lower"), why_not=_why_not)  # fmt: skip
 def select(
     q: Tensor, pages: Tensor, weights: Tensor, context_lens: Tensor, block_table: Tensor,
     topk: int, *, layout: str, max_context_len: int, ties: str = "any", logits_mb: int = 64,
@@ -47,7 +55,7 @@ def select(
 
 
 @indexer_topk_paged.impl("cuda", "triton", contract=1, needs=("triton>=3.6",),
-                         promises=("deterministic", "ties=lower"))  # fmt: skip
+                         promises=("deterministic", "ties=lower"), why_not=_why_not)  # fmt: skip
 def portable(
     q: Tensor, pages: Tensor, weights: Tensor, context_lens: Tensor, block_table: Tensor,
     topk: int, *, layout: str, max_context_len: int, ties: str = "any", logits_mb: int = 64,

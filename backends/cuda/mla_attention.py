@@ -19,7 +19,7 @@ absorbed.SPACE.on("cuda", _tiles)
 def _why_not(
     q: Tensor, kv_b: Tensor, kv: Tensor, indices: Tensor, *, softmax_scale: float, layout: str = ""
 ) -> str | None:
-    return absorbed.why_not(q, kv_b)
+    return absorbed.why_not(q, kv_b, layout)
 
 
 @mla_attention.impl(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from dsa_hal.backends.cuda import _nvrtc
-from dsa_hal.backends.portable import processors
+from dsa_hal.backends.portable import layouts, processors
 from dsa_hal.backends.portable.sparse_paged import BLOCK, forward, join, splits_of
 from dsa_hal.errors import BadInput
 from dsa_hal.ops.attention import sparse_mla_paged
@@ -43,15 +43,24 @@ def even(rows: int, heads: int, blocks: int, workers: int) -> tuple[int, int] | 
     return span, (blocks + span - 2) // span + 1
 
 
+def _tiled_why_not(
+    q: Tensor, pages: Tensor, indices: Tensor, *, layout: str, softmax_scale: float,
+    dim_v: int = 512, attn_sink: Tensor | None = None, topk_length: Tensor | None = None,
+    schedule: Tensor | None = None, num_splits: Tensor | None = None,
+) -> str | None:  # fmt: skip
+    return layouts.unknown(layout)
+
+
 @sparse_mla_paged.impl(
-    "cuda", "triton", contract=1, arch=("sm90",), needs=("triton>=3.6",), promises=PROMISES
-)
+    "cuda", "triton", contract=1, arch=("sm90",), needs=("triton>=3.6",), promises=PROMISES,
+    why_not=_tiled_why_not,
+)  # fmt: skip
 def portable(
     q: Tensor, pages: Tensor, indices: Tensor, *, layout: str, softmax_scale: float,
     dim_v: int = 512, attn_sink: Tensor | None = None, topk_length: Tensor | None = None,
     schedule: Tensor | None = None, num_splits: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Any layout, any dtype, any number of heads. Keys are split by shapes and the number of
+    """Any dtype, any number of heads. Keys are split by shapes and the number of
     processors alone, or as the schedule says."""
     return forward(
         q, pages, indices, layout=layout, softmax_scale=softmax_scale, dim_v=dim_v,

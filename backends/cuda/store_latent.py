@@ -2,10 +2,17 @@
 
 from torch import Tensor
 
+from dsa_hal.backends.portable import layouts
 from dsa_hal.ops.cache import store_latent
 
 
-@store_latent.impl("cuda", "triton", contract=1, arch=("sm90",), needs=("triton>=3.6",))
+def _why_not(pages: Tensor, latent: Tensor, slots: Tensor, *, layout: str) -> str | None:
+    return layouts.unknown(layout)
+
+
+@store_latent.impl(
+    "cuda", "triton", contract=1, arch=("sm90",), needs=("triton>=3.6",), why_not=_why_not
+)
 def store(pages: Tensor, latent: Tensor, slots: Tensor, *, layout: str) -> None:
     """Quantised and written in one launch."""
     from dsa_hal.backends.portable._kernels.cache import stored

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dsa_hal.autotune.space import Space
+from dsa_hal.backends.portable import layouts
 from dsa_hal.backends.portable.gemm import Tile, tiles
 from dsa_hal.backends.portable.rows import dense, power_of_two
 from dsa_hal.ops.attention import sparse_mla, sparse_mla_paged
@@ -18,10 +19,10 @@ Product = Callable[[Tensor, Tensor, Tensor], None]
 SPACE = Space("mla_attention/triton", Tile, tiles)
 
 
-def why_not(q: Tensor, kv_b: Tensor) -> str | None:
+def why_not(q: Tensor, kv_b: Tensor, layout: str) -> str | None:
     """What `absorbed` does not take, or None."""
     if q.dtype == kv_b.dtype:
-        return None
+        return layouts.unknown(layout) if layout else None
     return f"q is {q.dtype}, kv_b {kv_b.dtype}; it takes both of one dtype"
 
 

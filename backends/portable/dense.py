@@ -36,7 +36,7 @@ def _legal(*, rows: int, width: int, size: int) -> list[Config]:
     return [c for c in found if c.rows <= most] or [Config(most, 32, 4, 2)]
 
 
-SPACE = Space("dense/triton", Config, _legal)
+SPACES = {op: Space(f"{op}/triton", Config, _legal) for op in ("dense_mla", "mha_prefill")}
 
 
 def why_not(dtype: torch.dtype, dim: int, dim_v: int) -> str | None:
@@ -75,7 +75,8 @@ def attended(
         main = wide
     rest = power_of_two(dim - main) if dim > main else 16
     total = tokens * (heads // kv_heads)
-    config = SPACE.pick(rows=min(total, 128), width=dim, size=q.element_size())
+    space = SPACES["dense_mla" if shared else "mha_prefill"]
+    config = space.pick(rows=min(total, 128), width=dim, size=q.element_size())
     rows = config.rows
     blocks = -(-total // rows)
     most = 2 * processors.count(q.device) // max(1, blocks * kv_heads)

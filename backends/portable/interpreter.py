@@ -48,7 +48,9 @@ def can_run(impl: Impl[..., Any]) -> bool:
     """Whether an implementation runs on host tensors here: one of Triton's programs, or of torch's
     operations alone. Gluon is not interpreted."""
     return impl.name not in ("gluon", COMPOSITE) and all(
-        need.startswith("triton") and "|" not in need for need in impl.needs
+        alternative.strip().startswith("triton")
+        for need in impl.needs
+        for alternative in need.split("|")
     )
 
 

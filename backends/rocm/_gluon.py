@@ -14,7 +14,7 @@ from dsa_hal.ops.layout import SCALE, KVLayout
 
 ARCHES = ("gfx950",)
 
-NEEDS = ("triton>=3.7",)
+NEEDS = ("triton>=3.7 | triton-rocm>=3.7",)
 """Triton 3.6 compiles them too, but spills registers."""
 
 RANK = -1

@@ -9,7 +9,10 @@ once on gfx942. LDS is not checked by the compiler, so that every list here is b
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
@@ -34,6 +37,9 @@ ARCHES = tuple(architecture.name for architecture in ARCHITECTURES)
 """What the implementations state that serve them all. Their files take it from here, so that the
 lists below are stated before a program is launched."""
 
+NEEDS = ("triton>=3.6 | triton-rocm>=3.6",)
+"""The same: torch's builds for ROCm bring Triton under the second name, AMD's under the first."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Amd:
@@ -42,6 +48,18 @@ class Amd:
     waves: int = 0
     nonkdim: int = 0
     kpack: int = 0
+
+
+@cache
+def _spendthrift() -> bool:
+    """Whether Triton is 3.6, which spills up to 101 registers of attention's tiles of 64 rows by
+    512 columns on gfx950 where 3.7 spills none."""
+    from packaging.version import Version  # here, as a process without a launch need not pay for it
+
+    for name in ("triton", "triton-rocm"):
+        with suppress(PackageNotFoundError):
+            return Version(version(name)) < Version("3.7")
+    return False
 
 
 def _rowwise(tiles: Callable[..., list[RowTile]]) -> Callable[..., list[RowTile]]:
@@ -103,8 +121,9 @@ class PagedTile(Amd, sparse_paged.Config):
 
 def _paged(limits: Architecture, *, heads: int, width: int, bytes: int) -> list[PagedTile]:
     """Accumulators are what fills registers: [heads, width] in fp32. With 64 heads and 512 columns
-    eight wavefronts hold 32 keys without a spill, 16 where FP8 takes many steps to decode."""
-    decodes = limits.fp8 == torch.float8_e4m3fn
+    eight wavefronts hold 32 keys without a spill, 16 where FP8 takes many steps to decode or the
+    compiler is an old one."""
+    decodes = limits.fp8 == torch.float8_e4m3fn and not _spendthrift()
     if bytes == 4:
         return [PagedTile(16, 16, 4, nonkdim=16)]
     tile = min(64, max(16, power_of_two(heads)))
@@ -127,7 +146,8 @@ _NARROW = (
 )  # fmt: skip
 _TALL_WIDE = ((64, 32, 4, 2), (64, 32, 4, 1))
 _WIDE = ((32, 32, 4, 1), (32, 32, 4, 2), (16, 32, 4, 1), (16, 32, 4, 2))
-"""(rows, keys, warps, stages) without a spill on both architectures; the tall ones on gfx950."""
+"""(rows, keys, warps, stages) without a spill on both architectures; the tall ones on gfx950, the
+tall and wide ones with Triton 3.7."""
 
 
 def _dense(limits: Architecture, *, rows: int, width: int, size: int) -> list[DenseTile]:
@@ -137,7 +157,8 @@ def _dense(limits: Architecture, *, rows: int, width: int, size: int) -> list[De
         return [DenseTile(16, 16, 4, 1)]
     most = max(16, power_of_two(rows))
     tall, others = (_TALL_WIDE, _WIDE) if width > 256 else (_TALL, _NARROW)
-    shapes = (*tall, *others) if limits.name == "gfx950" else others
+    roomy = limits.name == "gfx950" and not (width > 256 and _spendthrift())
+    shapes = (*tall, *others) if roomy else others
     return [DenseTile(*shape, nonkdim=16) for shape in shapes if shape[0] <= most]
 
 
@@ -198,4 +219,5 @@ for _gemm in (*gemm.SPACES.values(), absorbed.SPACE):
 indexer_logits.RAGGED.on(ROCM, _scores)
 indexer_logits.PAGED.on(ROCM, _scores)
 sparse_paged.SPACE.on(ROCM, _paged)
-dense.SPACE.on(ROCM, _dense)
+for _attention in dense.SPACES.values():
+    _attention.on(ROCM, _dense)

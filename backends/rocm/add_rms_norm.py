@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from dsa_hal.backends.portable.rows import too_wide
-from dsa_hal.backends.rocm._tiles import ARCHES
+from dsa_hal.backends.rocm._tiles import ARCHES, NEEDS
 from dsa_hal.ops.norm import add_rms_norm
 
 
@@ -12,7 +12,7 @@ def _why_not(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float = 1e-6) 
 
 
 @add_rms_norm.impl(
-    "rocm", "triton", contract=1, arch=ARCHES, needs=("triton>=3.6",), why_not=_why_not
+    "rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS, why_not=_why_not
 )
 def forward(
     x: Tensor, residual: Tensor, weight: Tensor, *, eps: float = 1e-6

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from dsa_hal.backends.portable.dense import attended, why_not, without_gaps
-from dsa_hal.backends.rocm._tiles import ARCHES
+from dsa_hal.backends.rocm._tiles import ARCHES, NEEDS
 from dsa_hal.ops.dense import dense_mla
 
 
@@ -14,7 +14,7 @@ def _why_not(
 
 
 @dense_mla.impl(
-    "rocm", "triton", contract=1, arch=ARCHES, needs=("triton>=3.6",),
+    "rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS,
     promises=("deterministic", "lse=natural"), why_not=_why_not,
 )  # fmt: skip
 def dense(

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from dsa_hal.backends.portable.rows import FLOATS, too_wide
-from dsa_hal.backends.rocm._tiles import ARCHES
+from dsa_hal.backends.rocm._tiles import ARCHES, NEEDS
 from dsa_hal.ops.quant import dequantize_fp8
 
 
@@ -18,7 +18,7 @@ def _why_not(
 
 
 @dequantize_fp8.impl(
-    "rocm", "triton", contract=1, arch=ARCHES, needs=("triton>=3.6",), why_not=_why_not
+    "rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS, why_not=_why_not
 )
 def dequantize(
     values: Tensor, scale: Tensor, *, group: int = 128, block_rows: int = 1,

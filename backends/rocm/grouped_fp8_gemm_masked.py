@@ -4,11 +4,11 @@ import torch
 from torch import Tensor
 
 from dsa_hal.backends.portable import gemm
-from dsa_hal.backends.rocm._tiles import ARCHES
+from dsa_hal.backends.rocm._tiles import ARCHES, NEEDS
 from dsa_hal.ops.gemm import grouped_fp8_gemm_masked
 
 
-@grouped_fp8_gemm_masked.impl("rocm", "triton", contract=1, arch=ARCHES, needs=("triton>=3.6",))
+@grouped_fp8_gemm_masked.impl("rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS)
 def tiled(
     a: Tensor, a_scale: Tensor, b: Tensor, b_scale: Tensor, masked_m: Tensor, *,
     out_dtype: torch.dtype = torch.bfloat16,

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from dsa_hal.backends.portable import indexer_kl as portable
-from dsa_hal.backends.rocm._tiles import ARCHES
+from dsa_hal.backends.rocm._tiles import ARCHES, NEEDS
 from dsa_hal.ops.training import indexer_kl
 
 
@@ -16,7 +16,7 @@ def _why_not(
 
 
 @indexer_kl.impl(
-    "rocm", "triton", contract=1, arch=ARCHES, needs=("triton>=3.6",), rank=2, promises=(),
+    "rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS, rank=2, promises=(),
     why_not=_why_not,
 )  # fmt: skip
 def tiled(
@@ -32,7 +32,7 @@ def tiled(
 
 
 @indexer_kl.impl(
-    "rocm", "triton_fixed", contract=1, arch=ARCHES, needs=("triton>=3.6",), rank=1,
+    "rocm", "triton_fixed", contract=1, arch=ARCHES, needs=NEEDS, rank=1,
     why_not=_why_not,
 )  # fmt: skip
 def repeating(

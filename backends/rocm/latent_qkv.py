@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from dsa_hal.backends.portable.rows import too_wide
-from dsa_hal.backends.rocm._tiles import ARCHES
+from dsa_hal.backends.rocm._tiles import ARCHES, NEEDS
 from dsa_hal.ops.fused import latent_qkv
 
 
@@ -15,7 +15,7 @@ def _why_not(
 
 
 @latent_qkv.impl(
-    "rocm", "triton", contract=1, arch=ARCHES, needs=("triton>=3.6",), why_not=_why_not
+    "rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS, why_not=_why_not
 )
 def forward(
     q_a: Tensor, kv_a: Tensor, q_weight: Tensor, kv_weight: Tensor, positions: Tensor,

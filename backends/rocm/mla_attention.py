@@ -3,18 +3,18 @@
 from torch import Tensor
 
 from dsa_hal.backends.portable import absorbed
-from dsa_hal.backends.rocm._tiles import ARCHES
+from dsa_hal.backends.rocm._tiles import ARCHES, NEEDS
 from dsa_hal.ops.absorbed import mla_attention
 
 
 def _why_not(
     q: Tensor, kv_b: Tensor, kv: Tensor, indices: Tensor, *, softmax_scale: float, layout: str = ""
 ) -> str | None:
-    return absorbed.why_not(q, kv_b)
+    return absorbed.why_not(q, kv_b, layout)
 
 
 @mla_attention.impl(
-    "rocm", "triton", contract=1, arch=ARCHES, needs=("triton>=3.6",), why_not=_why_not
+    "rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS, why_not=_why_not
 )
 def projected(
     q: Tensor, kv_b: Tensor, kv: Tensor, indices: Tensor, *, softmax_scale: float, layout: str = ""

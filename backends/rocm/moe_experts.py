@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from dsa_hal.backends.portable import moe
-from dsa_hal.backends.rocm._tiles import ARCHES
+from dsa_hal.backends.rocm._tiles import ARCHES, NEEDS
 from dsa_hal.ops.moe import moe_experts
 
 
@@ -15,7 +15,7 @@ def _why_not(
 
 
 @moe_experts.impl(
-    "rocm", "fused", contract=1, arch=ARCHES, needs=("triton>=3.6",), rank=1, why_not=_why_not
+    "rocm", "fused", contract=1, arch=ARCHES, needs=NEEDS, rank=1, why_not=_why_not
 )
 def experts(
     x: Tensor, ids: Tensor, weights: Tensor, w13: list[Tensor], w2: list[Tensor],

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from dsa_hal.backends.portable.rows import too_many
-from dsa_hal.backends.rocm._tiles import ARCHES
+from dsa_hal.backends.rocm._tiles import ARCHES, NEEDS
 from dsa_hal.ops.moe import permute, permuted_rows
 
 
@@ -11,7 +11,7 @@ def _why_not(x: Tensor, ids: Tensor, *, experts: int, align: int = 1) -> str | N
     return too_many(experts)
 
 
-@permute.impl("rocm", "triton", contract=1, arch=ARCHES, needs=("triton>=3.6",), why_not=_why_not)
+@permute.impl("rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS, why_not=_why_not)
 def permuted(
     x: Tensor, ids: Tensor, *, experts: int, align: int = 1
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from dsa_hal.backends.portable.rows import power_of_two, too_wide
-from dsa_hal.backends.rocm._tiles import ARCHES
+from dsa_hal.backends.rocm._tiles import ARCHES, NEEDS
 from dsa_hal.ops.quant import quantize_fp8
 
 
@@ -12,7 +12,7 @@ def _why_not(x: Tensor, *, group: int = 128, block_rows: int = 1, pow2: bool = T
 
 
 @quantize_fp8.impl(
-    "rocm", "triton", contract=1, arch=ARCHES, needs=("triton>=3.6",), why_not=_why_not
+    "rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS, why_not=_why_not
 )
 def quantize(
     x: Tensor, *, group: int = 128, block_rows: int = 1, pow2: bool = True

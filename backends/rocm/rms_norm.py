@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from dsa_hal.backends.portable.rows import too_wide
-from dsa_hal.backends.rocm._tiles import ARCHES
+from dsa_hal.backends.rocm._tiles import ARCHES, NEEDS
 from dsa_hal.ops.norm import rms_norm
 
 
@@ -11,7 +11,7 @@ def _why_not(x: Tensor, weight: Tensor, *, eps: float = 1e-6) -> str | None:
     return too_wide(x.shape[-1], "a row")
 
 
-@rms_norm.impl("rocm", "triton", contract=1, arch=ARCHES, needs=("triton>=3.6",), why_not=_why_not)
+@rms_norm.impl("rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS, why_not=_why_not)
 def forward(x: Tensor, weight: Tensor, *, eps: float = 1e-6) -> Tensor:
     """Whole rows in registers."""
     from dsa_hal.backends.portable._kernels.norm import normed

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from dsa_hal.backends.portable.rows import too_wide
-from dsa_hal.backends.rocm._tiles import ARCHES
+from dsa_hal.backends.rocm._tiles import ARCHES, NEEDS
 from dsa_hal.ops.norm import rope
 
 
@@ -13,7 +13,7 @@ def _why_not(
     return too_wide(x.shape[-1], "a row")
 
 
-@rope.impl("rocm", "triton", contract=1, arch=ARCHES, needs=("triton>=3.6",), why_not=_why_not)
+@rope.impl("rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS, why_not=_why_not)
 def rotate(
     x: Tensor, positions: Tensor, cos_sin: Tensor, *, interleaved: bool, offset: int = 0
 ) -> Tensor:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from dsa_hal.backends.portable.rows import too_many
-from dsa_hal.backends.rocm._tiles import ARCHES
+from dsa_hal.backends.rocm._tiles import ARCHES, NEEDS
 from dsa_hal.ops.routing import route
 
 
@@ -14,7 +14,7 @@ def _why_not(
     return too_many(logits.shape[1])
 
 
-@route.impl("rocm", "triton", contract=1, arch=ARCHES, needs=("triton>=3.6",), why_not=_why_not)
+@route.impl("rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS, why_not=_why_not)
 def routed(
     logits: Tensor, bias: Tensor | None = None, *, topk: int, groups: int = 1,
     topk_groups: int = 1, scale: float = 1.0, score: str = "sigmoid", normalize: bool = True,

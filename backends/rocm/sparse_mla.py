@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from dsa_hal.backends.portable import sparse_attention
-from dsa_hal.backends.rocm._tiles import ARCHES
+from dsa_hal.backends.rocm._tiles import ARCHES, NEEDS
 from dsa_hal.ops.attention import sparse_mla
 
 
@@ -15,7 +15,7 @@ def _why_not(
 
 
 @sparse_mla.impl(
-    "rocm", "triton", contract=1, arch=ARCHES, needs=("triton>=3.6",),
+    "rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS,
     promises=("deterministic", "lse=natural"), why_not=_why_not,
 )  # fmt: skip
 def tiled(

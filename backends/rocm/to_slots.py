@@ -3,11 +3,11 @@
 from torch import Tensor
 
 from dsa_hal.backends.portable.select import slots
-from dsa_hal.backends.rocm._tiles import ARCHES
+from dsa_hal.backends.rocm._tiles import ARCHES, NEEDS
 from dsa_hal.ops.select import to_slots
 
 
-@to_slots.impl("rocm", "triton", contract=1, arch=ARCHES, needs=("triton>=3.6",))
+@to_slots.impl("rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS)
 def tiled(
     indices: Tensor, block_table: Tensor, rows_per_request: int = 1, *, page_size: int
 ) -> Tensor:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from dsa_hal.backends.portable import select as portable
-from dsa_hal.backends.rocm._tiles import ARCHES
+from dsa_hal.backends.rocm._tiles import ARCHES, NEEDS
 from dsa_hal.ops.select import topk
 from dsa_hal.target import Architecture
 
@@ -21,7 +21,7 @@ portable.SPACE.on("rocm", _pieces)
 
 
 @topk.impl(
-    "rocm", "triton", contract=1, arch=ARCHES, needs=("triton>=3.6",),
+    "rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS,
     promises=("deterministic", "ties=lower"),
 )  # fmt: skip
 def select(

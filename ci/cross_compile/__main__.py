@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -62,11 +63,11 @@ def run(args: argparse.Namespace) -> int:
         rows.append((program, found))
         wrong += rules.problems(program, found, known, version)
     if whole:
-        excused = {a.kernel for a in known if a.unseen}
+        excused = [a for a in known if a.unseen and version.startswith(a.triton)]
         wrong += [
             f"{name}: no implementation launches it for any case on any target; give its op a case"
             for name in unseen(every)
-            if name not in excused
+            if not any(re.fullmatch(a.kernel, name) for a in excused)
         ]
     for problem in dict.fromkeys(wrong):
         print(f"WRONG  {problem}")
@@ -95,18 +96,18 @@ def _compare(path: Path, now: str, write: bool) -> bool:
 
 def compile_all(programs: Sequence[Program], jobs: int) -> list[Metrics | str]:
     """Metrics of each, or what the compiler said. Programs that several ops share are compiled
-    once; those of matrix products first, as they take longest."""
+    once; those of matrix products first, as they take longest. Each target has processes of its
+    own: Triton 3.6 converts FP8 for every AMD target as for the first that a process compiles."""
     global _programs
     _programs = programs
     first: dict[tuple[object, ...], int] = {}
     same = [first.setdefault((str(p.target), *p.launch.key()), at) for at, p in enumerate(programs)]
     order = sorted(first.values(), key=lambda at: -programs[at].launch.options["num_warps"])
-    if jobs == 1:
-        made = dict(map(_one, order))
-    else:
+    made: dict[int, Metrics | str] = {}
+    for target in dict.fromkeys(str(program.target) for program in programs):
         fork = multiprocessing.get_context("fork")
         with ProcessPoolExecutor(jobs, mp_context=fork) as pool:
-            made = dict(pool.map(_one, order))
+            made |= pool.map(_one, [at for at in order if str(programs[at].target) == target])
     return [made[at] for at in same]
 
 

@@ -17,9 +17,9 @@ from dsa_hal.cli.layers import Kind, Layer, Measured, Phase, Work
 from dsa_hal.cli.machine import versions
 from dsa_hal.errors import BadInput, ConfigError
 from dsa_hal.model.builtin import builtin_checkpoint
-from dsa_hal.model.cache import PAGE_SIZE
 from dsa_hal.model.checkpoint import Checkpoint
 from dsa_hal.model.config import ModelConfig
+from dsa_hal.model.precision import page_size
 from dsa_hal.model.synthetic import PUBLISHED, RandomWeights
 from dsa_hal.model.weights import Source
 from dsa_hal.selection import selection
@@ -125,7 +125,7 @@ def _measured(
             source,
             number,
             device,
-            tokens=args.decode * (max(positions) + PAGE_SIZE),
+            tokens=args.decode * (max(positions) + page_size(selection().target.limits)),
             progress=progress,
         )
     measured: list[Measured] = []

@@ -1,4 +1,5 @@
-"""What is installed here, which devices are seen, what the environment says, and what works.
+"""What is installed here, which devices are seen, what their libraries lack, what the environment
+says, and what works.
 
 Ends with a self-test: every op's smallest case on the target in force, against its reference; of a
 target that is not in this machine (DSA_HAL_TARGET), what would serve it. Exit code 1 if something
@@ -8,6 +9,7 @@ is broken; an absent device or optional package is no defect.
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import platform
 from collections.abc import Iterator
@@ -24,7 +26,7 @@ from dsa_hal.cli import choose, output
 from dsa_hal.errors import DsaHalError
 from dsa_hal.matrix import Row, attempt, smallest
 from dsa_hal.registry import Op
-from dsa_hal.selection import OPS, selection
+from dsa_hal.selection import OPS, selection, use
 from dsa_hal.target import Target, implements, packages, probe
 
 REQUIRED = ("torch", "numpy", "safetensors", "tokenizers", "jinja2", "rich")
@@ -57,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
         _installation(),
         _environment(),
         _backends(),
+        _libraries(),
         _self_test(args.backend),
     ):
         found += section
@@ -152,6 +155,37 @@ def _backends() -> Iterator[Finding]:
             yield Finding("backends", name, "ok", f"{answer} {answer.name}, {has}")
         else:
             yield Finding("backends", name, "absent", f"{answer}; {has}")
+
+
+def _libraries() -> Iterator[Finding]:
+    """What the libraries of present backends lack of what implementations would call of them, and
+    what serves instead: a finding per such function. A backend that can tell says so (`missing` of
+    its package)."""
+    section = "libraries"
+    for name, (home, *_) in packages().items():
+        target, package = probe(name), importlib.import_module(home)
+        if not isinstance(target, Target) or not hasattr(package, "missing"):
+            continue
+        absent: dict[str, str] = package.missing()
+        if not absent:
+            yield Finding(section, name, "ok", "they have every function that is called")
+            continue
+        with use(target=target):
+            passed = [found for op in OPS.values() for found in _passed_over(op)]
+        for function, reason in absent.items():
+            instead = dict.fromkeys(served for why, served in passed if reason in why)
+            text = "; ".join([reason, *instead])
+            yield Finding(section, f"{name} {function}", "warning", text)
+
+
+def _passed_over(op: Op[..., Any]) -> Iterator[tuple[str, str]]:
+    """For each implementation that refuses a case: why, and what serves instead."""
+    for case in op.cases:
+        verdicts = selection().verdicts(op, (), case.make(op.inputs, "meta"))
+        served = next((v.impl.label for v in verdicts if v.question == "ok"), "nothing")
+        for verdict in verdicts:
+            if verdict.question == "shape":
+                yield verdict.reason, f"{op.name} is served by {served}"
 
 
 def _self_test(backend: str | None) -> Iterator[Finding]:

@@ -21,9 +21,9 @@ from dsa_hal.errors import DsaHalError
 from dsa_hal.graphs import Recorded, can_record
 from dsa_hal.measure import FLUSH, last_level_cache
 from dsa_hal.model.attention import AttentionOps
-from dsa_hal.model.batch import Decode, Piece, Prefill, decode_batch, prefill_step
+from dsa_hal.model.batch import Piece, Step, decode_batch, prefill_step, varlen_prefill
 from dsa_hal.model.binding import Binder, meta
-from dsa_hal.model.cache import PAGE_SIZE, Context, KVCache
+from dsa_hal.model.cache import Context, KVCache
 from dsa_hal.model.dense import DenseAttention
 from dsa_hal.model.layers import RopeTable
 from dsa_hal.model.precision import Formats, Precision, resolve
@@ -33,6 +33,7 @@ from dsa_hal.ops.cache import store_index_key, store_latent
 from dsa_hal.ops.layout import KVLayout
 from dsa_hal.ops.norm import add_rms_norm
 from dsa_hal.registry import Op
+from dsa_hal.selection import current
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -180,10 +181,10 @@ class Layer:
         self.device, self.clock = device, Clock(device)
         bind = ClockedBinder(self.clock)
         self.served = bind.served
-        self.formats = resolve(precision, c, source.weights_dtype)
+        self.formats = resolve(precision, c, source.weights_dtype, current().limits)
         load = Loader(source, self.formats, bind, device, progress)
         ops = AttentionOps(bind, c, self.formats)
-        self._free_masks = ops.free_masks
+        self._free_masks, self._varlen = ops.free_masks, ops.varlen
         self._block = Block(load, ops, layer)
         self._own = self._block.attention
         plain = "fp32" if self.formats.activations == torch.float32 else "bf16"
@@ -194,7 +195,7 @@ class Layer:
         x = meta(2, c.hidden_size, dtype=self.formats.activations)
         self._norm = bind(add_rms_norm, x, x, self._block.attention_norm, eps=c.rms_norm_eps)
         self._rope = RopeTable(c, device)
-        pages = -(-tokens // PAGE_SIZE)
+        pages = -(-tokens // self.formats.page_size)
         self._caches = {
             "dsa": _filled(self.formats, pages, device, True),
             "dense": _filled(self._plain, pages, device, False),
@@ -234,7 +235,7 @@ class Layer:
     def _prepared(self, kind: Kind, work: Work) -> Callable[[], object]:
         """The layer's call at this work, on tensors that stay."""
         c, cache, block = self.config, self._caches[kind], self._block
-        step = self._step(cache, work)
+        step = self._step(cache, work, varlen=self._varlen and kind == "dsa")
         generator = torch.Generator(self.device).manual_seed(0)
         x, residual = (
             torch.randn(
@@ -252,12 +253,14 @@ class Layer:
 
         return run
 
-    def _step(self, cache: KVCache, work: Work) -> Prefill | Decode:
-        pages = -(-work.context // PAGE_SIZE)
+    def _step(self, cache: KVCache, work: Work, *, varlen: bool) -> Step:
+        pages = -(-work.context // cache.page_size)
         if work.phase == "prefill":
             context = Context(work.context - work.tokens, list(range(pages)))
             piece = Piece(0, context.length, work.context, True)
             prompt = torch.zeros(work.context, dtype=torch.int64)
+            if varlen:
+                return varlen_prefill(self.config, cache, [context], [piece], [prompt])
             return prefill_step(
                 self.config, cache, [context], [piece], [prompt], free_masks=self._free_masks
             )
@@ -267,7 +270,7 @@ class Layer:
         lengths = torch.full((work.tokens,), work.context - 1, dtype=torch.int32)
         return decode_batch(
             self.config, tokens, lengths.to(self.device), table, longest=work.context,
-            page_size=PAGE_SIZE,
+            page_size=cache.page_size, varlen=varlen,
         )  # fmt: skip
 
     # -- timing --------------------------------------------------------------------------------
@@ -342,8 +345,9 @@ class _Sample:
 def _filled(formats: Formats, pages: int, device: torch.device, indexed: bool) -> KVCache:
     """A cache of one layer whose pages hold random latents, and random index keys if it is
     `indexed`."""
-    cache = KVCache(1, formats.latent, formats.index, pages, PAGE_SIZE, device)
-    tokens = min(FILL, pages * PAGE_SIZE)
+    size = formats.page_size
+    cache = KVCache(1, formats.latent, formats.index, pages, size, device)
+    tokens = min(FILL, pages * size)
     slots = torch.arange(tokens, dtype=torch.int32, device=device)
     generator = torch.Generator(device).manual_seed(1)
 
@@ -353,15 +357,15 @@ def _filled(formats: Formats, pages: int, device: torch.device, indexed: bool) -
 
     latent, index = formats.latent, formats.index
     store_latent(cache.latent[0], random(latent.width), slots, layout=latent.spec)
-    pools = [cache.latent[0]]
+    pools = [latent.views(cache.latent[0])]
     if indexed:
         keys = random(index.width)
         store_index_key(cache.index[0], keys, slots, layout=index.spec, pow2=formats.pow2)
-        pools.append(cache.index[0])
-    for pool in pools:
-        for at in range(tokens // PAGE_SIZE, pages, tokens // PAGE_SIZE):
-            part = pool[at : at + tokens // PAGE_SIZE]
-            part.copy_(pool[: len(part)])
+        pools.append(index.views(cache.index[0]))
+    for view in (view for pool in pools for view in pool.values()):
+        for at in range(tokens // size, pages, tokens // size):
+            part = view[at : at + tokens // size]
+            part.copy_(view[: len(part)])
     return cache
 
 

@@ -5,6 +5,8 @@ reference    what the op means; every other result is a comparison with it
 ran          cases equal to the reference on the device itself, under the matrix's twists
 interpreted  cases equal to it on the processor: Triton's programs in its interpreter, torch's as
              they are
+emulated     cases equal to it on the processor: the backend as it is, over implementations of its
+             library's operations written from their documentation
 compiled     programs compiled for the device without one, within the assertions on instructions,
              memory, spills and occupancy
 """
@@ -26,8 +28,8 @@ from dsa_hal.registry import Op
 from dsa_hal.selection import OPS
 from dsa_hal.target import architectures
 
-TARGETS = ("cpu:any", "cuda:sm90", "rocm:gfx950", "rocm:gfx942")
-WAYS = ("ran", "interpreted", "compiled")
+TARGETS = ("cpu:any", "cuda:sm90", "rocm:gfx950", "rocm:gfx942", "npu:a2", "npu:a3", "npu:950")
+WAYS = ("ran", "interpreted", "emulated", "compiled")
 PAGE = Path("ci/support/proof.md")
 BEGIN, END = "<!-- dsa-hal report proof -->\n", "<!-- end of dsa-hal report proof -->\n"
 
@@ -38,7 +40,7 @@ class Proof:
 
     counts    (target, op) -> way -> cases of implementations, or programs
     failed    (target, op) -> what did not equal the reference
-    judged    target -> op -> cases interpreted
+    judged    target -> op -> cases interpreted or emulated
     compilers versions of Triton that compiled
     """
 
@@ -85,10 +87,10 @@ def gather(root: Path) -> Proof:
     for record in _records(root / "ci" / "support" / "cpu.csv"):
         if record["answer"] == "served" and record["default_run"] == "yes":
             _count(proof, record, "ran")  # by the tests, which judge every such row
-    for way, pattern in (("ran", "ran-*.csv"), ("interpreted", "interpreted-*.csv")):
-        for path in sorted((root / "ci" / "support").glob(pattern)):
+    for way in ("ran", "interpreted", "emulated"):
+        for path in sorted((root / "ci" / "support").glob(f"{way}-*.csv")):
             for record in _records(path):
-                if way == "interpreted":
+                if way != "ran":
                     proof.judged[record["target"]][record["op"]].add(record["case"])
                 if record["status"] == "ok":
                     _count(proof, record, way)
@@ -132,6 +134,8 @@ def page(proof: Proof) -> str:
         " twists; on the processor in CI",
         "- **interpreted n**: n cases equal to it on the processor, in Triton's interpreter as"
         " corrected here, or as operations of torch",
+        "- **emulated n**: n cases equal to it on the processor, the backend's calls of torch_npu"
+        " served by implementations written from its documentation",
         f"- **compiled n**: n programs compiled for the device without one, by Triton {compilers},"
         " within assertions on matrix instructions, shared memory, spills and occupancy",
         "- **by parts**: a composite whose parts are served; what is said of them holds",
@@ -141,10 +145,10 @@ def page(proof: Proof) -> str:
             ("op", *TARGETS), [[op.name, *(_cell(proof, t, op) for t in TARGETS)] for op in ops]
         ),
         "",
-        "## Cases that are not interpreted",
+        "## Cases that are neither interpreted nor emulated",
         "",
         "They cost more than CI has time for; `dsa-hal test OP --interpret TARGET --case NAME`"
-        " takes them.",
+        " takes them, where the target's programs are Triton's.",
         "",
         *_table(("op", "cases"), list(_left_out(proof, ops))),
     ]

@@ -98,7 +98,7 @@ def run(args: argparse.Namespace) -> int:
         if args.output is None:
             own.parent.mkdir(parents=True, exist_ok=True)
         output.must_be_writable(args.output or own)
-        failed = False
+        failed = kept = False
         for op in ops:
             cases = [c for c in op.cases if (c.name in args.case if args.case else c.model)]
             if args.static:
@@ -108,8 +108,10 @@ def run(args: argparse.Namespace) -> int:
             if any(race.times for race in races):
                 entry = _entry(op, target, races)
                 store.keep(args.output or own, target, op.name, entry, static=args.static)
+                kept = True
             failed |= _report(op, races)
-        output.note(f"written to {args.output or own}")
+        nothing = f"nothing is written: {target} has no implementation of these ops to choose among"
+        output.note(f"written to {args.output or own}" if kept else nothing)
     return int(failed)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dsa_hal.errors import BadInput
 from dsa_hal.model.transformer import Transformer
+from dsa_hal.ops.varlen import limits_of, requests_of
 
 SELECTORS = ("dsa", "dense", "recent", "random")
 
@@ -38,7 +39,7 @@ def selecting(model: Transformer, selector: str, seed: int = 0) -> Iterator[None
     The model must serve nobody else meanwhile.
     """
     ops, config = model.attention_ops, model.config
-    own, record = (ops.indexer_topk, ops.indexer_topk_paged), model.record
+    own, record = dict(vars(ops)), model.record
     if selector not in SELECTORS:
         raise BadInput(f"unknown selector {selector!r}; known are {', '.join(SELECTORS)}")
     try:
@@ -48,10 +49,12 @@ def selecting(model: Transformer, selector: str, seed: int = 0) -> Iterator[None
         elif selector != "dsa":
             choose = recent if selector == "recent" else drawn(seed, model.device)
             ops.indexer_topk, ops.indexer_topk_paged = _ragged(choose), _paged(choose)
+            ops.indexer_topk_varlen = _varlen(choose)
         yield
     finally:
         model.config, model.record = config, record
-        ops.indexer_topk, ops.indexer_topk_paged = own
+        vars(ops).clear()
+        vars(ops).update(own)
 
 
 def recent(ks: Tensor, ke: Tensor, topk: int) -> Tensor:
@@ -97,3 +100,16 @@ def _paged(choose: Choose) -> Callable[..., Tensor]:
         return choose(torch.zeros_like(limits), limits, topk)
 
     return indexer_topk_paged
+
+
+def _varlen(choose: Choose) -> Callable[..., Tensor]:
+    """`choose` with the signature of `indexer_topk_varlen`."""
+
+    def indexer_topk_varlen(
+        q: Tensor, pages: Tensor, weights: Tensor, cu_seqlens_q: Tensor, context_lens: Tensor,
+        block_table: Tensor, topk: int, *, layout: str, max_context_len: int,
+    ) -> Tensor:  # fmt: skip
+        limits = limits_of(cu_seqlens_q, context_lens, requests_of(cu_seqlens_q, q.shape[0]))
+        return choose(torch.zeros_like(limits), limits, topk)
+
+    return indexer_topk_varlen

@@ -218,7 +218,8 @@ def _paged_why_not(
     q: Tensor, pages: Tensor, weights: Tensor, context_lens: Tensor, block_table: Tensor, *,
     layout: str, max_context_len: int,
 ) -> str | None:  # fmt: skip
-    if KVLayout.parse(layout).order != "page":
+    form = KVLayout.parse(layout)
+    if form.order != "page" or form.codes != "fp8":
         return f"the cache is {layout}; DeepGEMM takes index_fp8"
     if pages.shape[1] != PAGE:
         return f"pages hold {pages.shape[1]} tokens; DeepGEMM on Hopper takes {PAGE}"

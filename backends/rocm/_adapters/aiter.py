@@ -95,9 +95,10 @@ def _paged_why_not(
     q: Tensor, pages: Tensor, weights: Tensor, context_lens: Tensor, block_table: Tensor, *,
     layout: str, max_context_len: int,
 ) -> str | None:  # fmt: skip
-    order, size = KVLayout.parse(layout).order, pages.shape[1]
+    form, size = KVLayout.parse(layout), pages.shape[1]
+    order = form.order
     heads, dim = q.shape[2:]
-    if order == "token":
+    if order not in ("page", "tile") or form.codes != "fp8":
         return f"the cache is {layout}; AITER takes index_fp8 and index_fp8_tiled"
     if order == "page" and size != 1:
         return f"pages hold {size} tokens; AITER takes 1, or keys in squares: index_fp8_tiled/{dim}"
