@@ -1,5 +1,5 @@
-"""A process of its own, for `test_interpreter.py`: a small FP8 model with random weights, its Triton
-programs interpreted as those of the target named; prints relative errors of logits in JSON."""
+"""A process of its own, for `test_interpreter.py`: a small FP8 model with random weights, whose
+programs are interpreted as those of the target named; prints relative errors of logits in JSON."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def main(target: str) -> None:
             model = Transformer.from_pretrained(folder)
             got = logits(model, ids)
     names = ("prefill", "decode")
-    told = {name: [off(g, e), off(w, e)] for name, g, w, e in zip(names, got, want, exact)}
+    told = {
+        name: [off(g, e), off(w, e)] for name, g, w, e in zip(names, got, want, exact, strict=True)
+    }
     json.dump({"formats": str(model.formats), **told}, sys.stdout)
 
 

@@ -11,9 +11,7 @@ def _why_not(x: Tensor, residual: Tensor, weight: Tensor, *, eps: float = 1e-6) 
     return too_wide(x.shape[-1], "a row")
 
 
-@add_rms_norm.impl(
-    "rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS, why_not=_why_not
-)
+@add_rms_norm.impl("rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS, why_not=_why_not)
 def forward(
     x: Tensor, residual: Tensor, weight: Tensor, *, eps: float = 1e-6
 ) -> tuple[Tensor, Tensor]:

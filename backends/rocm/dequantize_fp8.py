@@ -17,9 +17,7 @@ def _why_not(
     return too_wide(group, "a group")
 
 
-@dequantize_fp8.impl(
-    "rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS, why_not=_why_not
-)
+@dequantize_fp8.impl("rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS, why_not=_why_not)
 def dequantize(
     values: Tensor, scale: Tensor, *, group: int = 128, block_rows: int = 1,
     out_dtype: torch.dtype = torch.bfloat16,

@@ -11,9 +11,7 @@ def _why_not(pages: Tensor, slots: Tensor, *, layout: str) -> str | None:
     return layouts.unknown(layout)
 
 
-@gather_index_key.impl(
-    "rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS, why_not=_why_not
-)
+@gather_index_key.impl("rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS, why_not=_why_not)
 def gather(pages: Tensor, slots: Tensor, *, layout: str) -> tuple[Tensor, Tensor]:
     """Stored codes and scales as they are."""
     from dsa_hal.backends.portable._kernels.cache import gathered

@@ -14,9 +14,7 @@ def _why_not(
     return layouts.unknown(layout)
 
 
-@gather_latent.impl(
-    "rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS, why_not=_why_not
-)
+@gather_latent.impl("rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS, why_not=_why_not)
 def gather(
     pages: Tensor, slots: Tensor, *, layout: str, out_dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:

@@ -14,9 +14,7 @@ def _why_not(
     return layouts.coded(q)
 
 
-@indexer_logits.impl(
-    "rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS, why_not=_why_not
-)
+@indexer_logits.impl("rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS, why_not=_why_not)
 def tiled(q: Tensor, k: Tensor, k_scale: Tensor, weights: Tensor, ks: Tensor, ke: Tensor) -> Tensor:
     """Any dtype; a program per tile of keys and some rows."""
     return portable.ragged(q, k, k_scale, weights, ks, ke)

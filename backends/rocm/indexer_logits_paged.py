@@ -15,9 +15,7 @@ def _why_not(
     return layouts.unknown(layout)
 
 
-@indexer_logits_paged.impl(
-    "rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS, why_not=_why_not
-)
+@indexer_logits_paged.impl("rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS, why_not=_why_not)
 def tiled(
     q: Tensor, pages: Tensor, weights: Tensor, context_lens: Tensor, block_table: Tensor, *,
     layout: str, max_context_len: int,

@@ -17,9 +17,7 @@ def _why_not(
     return wide_head(k.shape[1])
 
 
-@indexer_qk.impl(
-    "rocm", "triton", contract=2, arch=ARCHES, needs=NEEDS, why_not=_why_not
-)
+@indexer_qk.impl("rocm", "triton", contract=2, arch=ARCHES, needs=NEEDS, why_not=_why_not)
 def forward(
     q: Tensor, k: Tensor, weights: Tensor, k_weight: Tensor, k_bias: Tensor, positions: Tensor,
     cos_sin: Tensor, *, interleaved: bool = False, quantize: str = "fp8", pow2: bool = True,

@@ -14,9 +14,7 @@ def _why_not(
     return too_wide(max(q_a.shape[1], kv_a.shape[1]), "a row")
 
 
-@latent_qkv.impl(
-    "rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS, why_not=_why_not
-)
+@latent_qkv.impl("rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS, why_not=_why_not)
 def forward(
     q_a: Tensor, kv_a: Tensor, q_weight: Tensor, kv_weight: Tensor, positions: Tensor,
     cos_sin: Tensor, *, eps: float = 1e-6,

@@ -11,9 +11,7 @@ def _why_not(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> s
     return too_wide(x.shape[-1], "a row")
 
 
-@layer_norm.impl(
-    "rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS, why_not=_why_not
-)
+@layer_norm.impl("rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS, why_not=_why_not)
 def forward(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-6) -> Tensor:
     """Whole rows in registers; the variance is of differences from the mean."""
     from dsa_hal.backends.portable._kernels.norm import normed

@@ -13,9 +13,7 @@ def _why_not(
     return absorbed.why_not(q, kv_b, layout)
 
 
-@mla_attention.impl(
-    "rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS, why_not=_why_not
-)
+@mla_attention.impl("rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS, why_not=_why_not)
 def projected(
     q: Tensor, kv_b: Tensor, kv: Tensor, indices: Tensor, *, softmax_scale: float, layout: str = ""
 ) -> Tensor:

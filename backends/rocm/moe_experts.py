@@ -14,9 +14,7 @@ def _why_not(
     return moe.why_not(x, w13, w2, act)
 
 
-@moe_experts.impl(
-    "rocm", "fused", contract=1, arch=ARCHES, needs=NEEDS, rank=1, why_not=_why_not
-)
+@moe_experts.impl("rocm", "fused", contract=1, arch=ARCHES, needs=NEEDS, rank=1, why_not=_why_not)
 def experts(
     x: Tensor, ids: Tensor, weights: Tensor, w13: list[Tensor], w2: list[Tensor],
     shared: Tensor | None = None, *, act: str = "none",

@@ -11,9 +11,7 @@ def _why_not(x: Tensor, *, group: int = 128, block_rows: int = 1, pow2: bool = T
     return too_wide(power_of_two(group) * power_of_two(block_rows), "a block (in powers of two)")
 
 
-@quantize_fp8.impl(
-    "rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS, why_not=_why_not
-)
+@quantize_fp8.impl("rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS, why_not=_why_not)
 def quantize(
     x: Tensor, *, group: int = 128, block_rows: int = 1, pow2: bool = True
 ) -> tuple[Tensor, Tensor]:

@@ -13,9 +13,7 @@ def _why_not(
     return layouts.unknown(layout)
 
 
-@store_index_key.impl(
-    "rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS, why_not=_why_not
-)
+@store_index_key.impl("rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS, why_not=_why_not)
 def store(pages: Tensor, k: Tensor, slots: Tensor, *, layout: str, pow2: bool = True) -> None:
     """Quantised and written in one launch."""
     from dsa_hal.backends.portable._kernels.cache import stored

@@ -11,9 +11,7 @@ def _why_not(pages: Tensor, latent: Tensor, slots: Tensor, *, layout: str) -> st
     return layouts.unknown(layout)
 
 
-@store_latent.impl(
-    "rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS, why_not=_why_not
-)
+@store_latent.impl("rocm", "triton", contract=1, arch=ARCHES, needs=NEEDS, why_not=_why_not)
 def store(pages: Tensor, latent: Tensor, slots: Tensor, *, layout: str) -> None:
     """Quantised and written in one launch."""
     from dsa_hal.backends.portable._kernels.cache import stored

@@ -39,6 +39,7 @@ fi
     install --quiet --no-deps "torch-npu==$version" ||
     fail "torch-npu $version could not be installed in $npu (pip says why above), and without it backends/npu is not proved"
 
+"$npu/bin/python" -m pytest -q -p no:cacheprovider ci/ascend/wheel "$@"
 # The emulated model is the ordinary run's too; here its ops stand under the wheel's own schemas.
-exec "$npu/bin/python" -m pytest -q -p no:cacheprovider ci/ascend/wheel \
-    tests/test_npu_emulated.py::test_64_greedy_tokens_are_the_processors "$@"
+[ $# -gt 0 ] || exec "$npu/bin/python" -m pytest -q -p no:cacheprovider -p ci.ascend.wheel.conftest \
+    tests/test_npu_emulated.py::test_64_greedy_tokens_are_the_processors

@@ -31,8 +31,8 @@ from dsa_hal.target import Target, implements, packages, probe
 
 REQUIRED = ("torch", "numpy", "safetensors", "tokenizers", "jinja2", "rich")
 OPTIONAL = (
-    "triton", "transformers", "flash-mla", "deep-gemm", "flashinfer-python", "tilelang",
-    "amd-aiter", "torch-npu", "vllm", "sglang",
+    "triton", "triton-rocm", "transformers", "flash-mla", "deep-gemm", "flashinfer-python",
+    "tilelang", "amd-aiter", "torch-npu", "vllm", "sglang",
 )  # fmt: skip
 FOLDERS = ("ops", "backends", "autotune", "model")
 
