@@ -251,8 +251,8 @@ def test_the_device_is_recognised(monkeypatch: pytest.MonkeyPatch) -> None:
 PLATFORMS = re.compile(r"(cuda|rocm|hip|npu|gfx\w+|sm\d+|910\w|a2|a3|950)(:.*)?")
 """A device, a backend or an architecture by name."""
 
-ITSELF = {"h200.py", "trainer.py"}
-"""The suite of one device; and where torch's own optimiser has a fused form."""
+ITSELF = {"h200.py"}
+"""The suite of one device."""
 
 
 def asked(tree: ast.AST) -> list[str]:

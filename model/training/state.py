@@ -94,11 +94,10 @@ def restore(folder: Path, network: Network, optimizer: AdamW | None) -> None:
             value.copy_(tensors[f"weight/{name}"])
     if optimizer is None:
         return
-    fused = bool(optimizer.defaults["fused"])
     for name, parameter in _named(network, optimizer):
         optimizer.state[parameter] = {
-            # The fused optimizer of a device counts its steps there.
-            "step": tensors[f"step/{name}"].to(parameter.device if fused else "cpu"),
+            # The fused optimizer counts its steps beside the parameters.
+            "step": tensors[f"step/{name}"].to(parameter.device),
             "exp_avg": tensors[f"mean/{name}"].to(parameter.device),
             "exp_avg_sq": tensors[f"square/{name}"].to(parameter.device),
         }

@@ -202,8 +202,7 @@ class Trainer:
             decay = self.settings.weight_decay
             groups.append(dict(params=matrices, weight_decay=decay, indexer=named is index))
             groups.append(dict(params=others, weight_decay=0.0, indexer=named is index))
-        fused = self.device.type == "cuda"
-        return AdamW(groups, lr=stage.lr, betas=self.settings.betas, fused=fused)
+        return AdamW(groups, lr=stage.lr, betas=self.settings.betas, fused=True)
 
     def _latest(self) -> Path | None:
         found = state.checkpoints(self.out)
