@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from foreign import foreign
 from oracle import one_thread
 from torch import Tensor
 from torch.nn import functional
@@ -260,7 +261,8 @@ def test_plain_torch_for_gpus_holds_on_the_processors_tensors(name: str, impl: s
     it would be, but summed by the processor, which repeats its sums on one thread alone."""
     op = OPS[name]
     (found,) = [i for i in op.implementations(GPU) if (i.backend, i.name) == ("cuda", impl)]
-    served = [case for case in op.cases if DEFAULT_RUN.admits(cost_of(op, case))]
+    small = [case for case in op.cases if DEFAULT_RUN.admits(cost_of(op, case))]
+    served = [case for case in small if not foreign(case)]
     assert len(served) > 10
     with one_thread():
         for chosen in served:
