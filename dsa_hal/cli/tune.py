@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
                 store.keep(args.output or own, target, op.name, entry, static=args.static)
                 kept = True
             failed |= _report(op, races)
-        nothing = f"nothing is written: nothing on {target} among these ops can be tuned"
+        nothing = f"nothing is written: {target} has nothing to tune for these ops"
         output.note(f"written to {args.output or own}" if kept else nothing)
     return int(failed)
 
