@@ -132,6 +132,7 @@ def _launch(
         (_map(b, tile.nt // tile.pair, BLOCK), _map(a, tile.mt, BLOCK), args, out),
         shared=shared_bytes(tile, turned=out.dtype != torch.float32),
         cluster=(cluster,) if cluster > 1 else None,
+        overlap=mode == ONE and not tile.waves and tile.blocks == 1,
     )
 
 

@@ -71,14 +71,14 @@ def shared_bytes(tile: Tile, turned: bool = True) -> int:
     stage = (tile.nt + tile.mt) * BLOCK + 16
     if tile.waves:
         return tile.stages * stage + turned * tile.mt * 128
-    return tile.stages * (stage + 4 * tile.mt) + turned * (tile.split == 1) * tile.nt * tile.mt * 2
+    own = -(-tile.mt // 8 // tile.split)  # eights of rows that a block stores
+    parts = (tile.split - 1) * own * tile.nt * 32  # what others of its cluster send for them
+    return tile.stages * (stage + 4 * tile.mt) + turned * own * tile.nt * 16 + parts + 16
 
 
 def fits(tile: Tile) -> bool:
-    """Whether the tile's blocks have room on a multiprocessor, and in a block its part of a sum."""
-    part = 4 * tile.mt * (tile.nt + 4) if tile.split > 1 else 0
-    room = SHARED // tile.blocks - 1024
-    return shared_bytes(tile) <= room and part <= tile.stages * (tile.nt + tile.mt) * BLOCK
+    """Whether the tile's blocks have room on a multiprocessor."""
+    return shared_bytes(tile) <= SHARED // tile.blocks - 1024
 
 
 def narrow(mt: int, wgs: int, split: int, blocks: int) -> Tile | None:
@@ -106,22 +106,29 @@ def tiles(*, rows: int, n: int, k: int, groups: int) -> list[Tile]:
 def _few_rows(rows: int, n: int, blocks_k: int, groups: int) -> list[Tile]:
     """What takes time is to read the weights, so the tile is as low as the rows allow, and k is
     split until every processor has some of them."""
-    across = groups * -(-n // 64)
     mt = next(t for t in (8, 16, 32, 64, 128) if rows <= t)
-    if mt == 128 and across <= PROCESSORS:
-        mt, across = 64, 2 * across  # the weights are read twice, but by twice as many blocks
-    # A block has a processor to itself, and k as many parts as then run at once. With 16 rows and
-    # less it needs little of the processor: two may meet on one, and parts fill the device.
-    alone = mt > 16 and across <= PROCESSORS
-    splits = range(8, 1, -1) if alone else (8, 4, 2)
-    room = CLUSTERS if alone else {s: 1.1 * PROCESSORS / s for s in splits}
-    split = next((s for s in splits if across <= room[s] and blocks_k >= 4 * s), 1)
-    many = (3, 1) if mt == 128 else (2, 2)
-    if alone:
-        shapes = [(1, 1), (1, 2), many]
-    else:
-        shapes = [many, (1, 2)] if across > 2 * PROCESSORS else [(1, 2), many]
-    found = [narrow(mt, wgs, split, blocks) for wgs, blocks in shapes]
+    down = groups
+    if mt == 128 and groups * -(-n // 64) <= 2 * PROCESSORS:
+        mt, down = 64, 2 * groups  # the weights are read twice, but by twice as many blocks
+
+    def split(wgs: int) -> int:
+        """Parts of k, if all blocks run at once and each has a processor to itself; else 0."""
+        across = down * -(-n // (64 * wgs))
+        fits = (s for s, room in reversed(CLUSTERS.items()) if across <= room)
+        return next((s for s in fits if s == 1 or blocks_k >= 4 * s), 0)
+
+    def covered(wgs: int) -> int:
+        return down * -(-n // (64 * wgs)) * split(wgs)
+
+    once = [wgs for wgs in (1, 2, 3) if split(wgs)]
+    # Two warpgroups share the activations that are copied, where no more processors stay idle.
+    if ((mt <= 16 and split(1) > 1) or down > groups) and covered(2) >= covered(1) > 0:
+        once.insert(0, 2)
+    found = [narrow(mt, wgs, split(wgs), 1) for wgs in once]
+    if not once:
+        many, pairs = (3, 1) if mt == 128 else (2, 2), (1, 2)
+        shapes = [many, pairs] if down * -(-n // 64) > 2 * PROCESSORS else [pairs, many]
+        found = [narrow(mt, wgs, 1, blocks) for wgs, blocks in shapes]
     found += [narrow(min(mt, 64), wgs, s, 2) for s in (1, 2, 4, 8) for wgs in (1, 2)]
     return list(dict.fromkeys(tile for tile in found if tile is not None))
 

@@ -96,6 +96,7 @@ def _correct(interpreter: Any) -> None:
     _correct_conversions(interpreter, builder)
     _correct_loads(interpreter, builder)
     _order_programs(builder)
+    interpreter.tl.extra.cuda.gdc_launch_dependents = lambda: None  # no launch waits here
 
 
 # -- numbers -----------------------------------------------------------------------------------

@@ -6,8 +6,11 @@
 // their own and added in fp32 with both scales, since the unit keeps fewer bits than fp32.
 //
 // One producer warp fills a ring of stages with the copy engine; WGS consumer warpgroups compute 64
-// rows of weights each. SPLIT blocks of a cluster share a tile's k, and add their parts
-// through each other's shared memory in a fixed order.
+// rows of weights each. SPLIT blocks of a cluster share a tile's k: each sends its parts to whoever
+// adds those eight rows, and adds what it receives in a fixed order.
+//
+// MODE 0 may begin while the kernel ahead on the stream still runs, and lets the next one do so: all
+// that touches global memory comes after `wait_for_kernel_ahead`.
 //
 // Macros: MT rows of activations in a tile, WGS, STAGES, SPLIT, BLOCKS per multiprocessor, and those of
 // gemm_tiles.cuh.
@@ -17,6 +20,7 @@ constexpr int HEIGHT = MT;
 
 #include "gemm_tiles.cuh"
 #include "hopper_gemm.cuh"
+#include "overlap.cuh"
 
 constexpr int CONSUMERS = WGS * 128;
 constexpr int PRODUCERS = BLOCKS == 1 ? 128 : 32;  // a whole group where it gives registers away
@@ -27,16 +31,25 @@ constexpr int WEIGHT_BYTES = NT * BLOCK;
 constexpr int STAGE_BYTES = WEIGHT_BYTES + MT * BLOCK;
 constexpr int SCALES_AT = STAGES * STAGE_BYTES;
 constexpr int STORE_AT = SCALES_AT + STAGES * MT * 4;
-constexpr int STORE_BYTES = SPLIT == 1 && OUT != 2 ? WGS * MT * 128 : 0;
-constexpr int BARRIERS_AT = STORE_AT + STORE_BYTES;
+constexpr int EIGHTS = MT / 8;                     // rows of activations, by eight
+constexpr int OWN = (EIGHTS + SPLIT - 1) / SPLIT;  // of them, those that a block stores, at most
+constexpr int STORE_BYTES = OUT != 2 ? WGS * OWN * 1024 : 0;
+constexpr int PARTS_AT = STORE_AT + STORE_BYTES;
+constexpr int PART_BYTES = CONSUMERS * 16;  // eight rows of another block's part
+constexpr int RECEIVED_AT = PARTS_AT + (SPLIT - 1) * OWN * PART_BYTES;
+constexpr int BARRIERS_AT = RECEIVED_AT + 16;
 constexpr int REGS = MT / 2;
 // Few registers are in use with few rows: blocks of k are unrolled, and scales of rows are read while
 // the matrix unit works.
 constexpr bool AMPLE = MT <= 64 && (BLOCKS == 1 || WGS == 1);
 constexpr int UNROLLED = AMPLE ? 4 : 1;
 constexpr int SOON = AMPLE ? MT / 8 : 1;
-constexpr int PITCH = NT + 4;  // floats between rows of a part: keeps banks apart
-static_assert(SPLIT == 1 || MT * PITCH * 4 <= SCALES_AT, "a part takes the place of the stages");
+
+// The first of the eights that a block of the cluster stores, and which block stores one.
+__device__ constexpr int first_of(int rank) { return rank * EIGHTS / SPLIT; }
+__device__ constexpr int owner_of(int eight) {
+    return ((eight + 1) * SPLIT + EIGHTS - 1) / EIGHTS - 1;
+}
 
 __device__ __forceinline__ void produce(const Args& args, const TensorMap* weights,
                                         const TensorMap* rows, unsigned shared, int first, int step,
@@ -71,56 +84,49 @@ __device__ __forceinline__ void produce(const Args& args, const TensorMap* weigh
     }
 }
 
-// Adds the parts of all blocks of a cluster, each block some of the rows. Producers only meet the
-// cluster's barriers.
-__device__ __forceinline__ void store_sum(const Args& args, Out* out, const Tile& tile,
-                                          const float (&sum)[REGS], unsigned char* shared) {
-    const int thread = threadIdx.x, lane = thread % 32;
-    float* part = reinterpret_cast<float*>(shared);
-    threads_wait(1, CONSUMERS);  // every stage has been read
+// Adds the parts of all blocks of a cluster: `sum` becomes the whole sum where this block stores.
+__device__ __forceinline__ void add_parts(float (&sum)[REGS], unsigned shared, int mine) {
+    const unsigned received = shared + RECEIVED_AT;
+    const unsigned own = shared + PARTS_AT + threadIdx.x * 16;
+    cluster_arrived();  // every block has begun
 #pragma unroll
-    for (int i = 0; i < REGS; ++i) {
-        const int row = i / 4 * 8 + lane % 4 * 2 + i % 2;
-        part[row * PITCH + thread / 32 * 16 + lane / 4 + i / 2 % 2 * 8] = sum[i];
+    for (int eight = 0; eight < EIGHTS; ++eight) {
+        const int owner = owner_of(eight);
+        if (owner == mine) continue;
+        const int slot = (mine - (mine > owner)) * OWN + eight - first_of(owner);
+        cluster_send(own + slot * PART_BYTES, received, owner, sum + eight * 4);
     }
-    cluster_wait();
-    const int mine = cluster_rank();
-    const int begin = mine * MT / SPLIT, end = min((mine + 1) * MT / SPLIT, tile.room);
-    for (int at = begin * (NT / 4) + thread; at < end * (NT / 4); at += CONSUMERS) {
-        const int row = at / (NT / 4), column = at % (NT / 4) * 4;
-        const unsigned from = address(part + row * PITCH + column);
-        float4 parts[SPLIT];
+    if (first_of(mine) < first_of(mine + 1)) barrier_wait(received, 0);
 #pragma unroll
-        for (int other = 0; other < SPLIT; ++other) parts[other] = cluster_load(from, other);
-        float4 total = parts[0];
+    for (int eight = 0; eight < EIGHTS; ++eight) {
+        const int owner = owner_of(eight);
+        if (owner != mine) continue;
+        float total[4] = {};
 #pragma unroll
-        for (int other = 1; other < SPLIT; ++other) {
-            total.x += parts[other].x, total.y += parts[other].y;
-            total.z += parts[other].z, total.w += parts[other].w;
+        for (int rank = 0; rank < SPLIT; ++rank) {
+            const int slot = (rank - (rank > owner)) * OWN + eight - first_of(owner);
+            float4 part = make_float4(sum[eight * 4], sum[eight * 4 + 1], sum[eight * 4 + 2],
+                                      sum[eight * 4 + 3]);
+            if (rank != owner) part = load_floats(own + slot * PART_BYTES);
+            total[0] += part.x, total[1] += part.y, total[2] += part.z, total[3] += part.w;
         }
-        if (row >= tile.rows) total = make_float4(0, 0, 0, 0);
-        if (tile.column + column < args.n) {
-            Four values;
-            narrow(total, values);
-            *reinterpret_cast<Four*>(out + (tile.out_row + row) * args.n + tile.column + column) =
-                values;
-        }
+#pragma unroll
+        for (int i = 0; i < 4; ++i) sum[eight * 4 + i] = total[i];
     }
-    cluster_meet();  // nobody leaves while its part is read
 }
 
-// A group's 64 columns: fp32 as the registers lie, narrower ones turned in shared memory first, so
-// that whole lines are written.
+// A group's 64 columns of the eights from `begin` to `end`: fp32 as the registers lie, narrower ones
+// turned in shared memory first, so that whole lines are written.
 __device__ __forceinline__ void store_tile(const Args& args, Out* out, const Tile& tile,
                                            const float (&sum)[REGS], int column,
-                                           unsigned char* room) {
+                                           unsigned char* room, int begin, int end) {
     const int thread = threadIdx.x % 128, lane = thread % 32, warp = thread / 32;
     if (OUT == 2) {
         column += warp * 16 + lane / 4;
 #pragma unroll
         for (int i = 0; i < REGS; ++i) {
             const int row = i / 4 * 8 + lane % 4 * 2 + i % 2, at = column + i / 2 % 2 * 8;
-            if (row < tile.room && at < args.n)
+            if (row / 8 >= begin && row / 8 < end && row < tile.room && at < args.n)
                 out[(tile.out_row + row) * args.n + at] =
                     row < tile.rows ? sum[i] : 0.0f;
         }
@@ -129,19 +135,22 @@ __device__ __forceinline__ void store_tile(const Args& args, Out* out, const Til
     const int named = 1 + threadIdx.x / 128;
     threads_wait(named, 128);  // the tile before has left
 #pragma unroll
-    for (int j = 0; j < MT / 8; ++j) {
-        const int row = j * 8 + lane % 8, piece = warp * 2 + lane / 8 % 2;
+    for (int j = 0; j < EIGHTS; ++j) {
+        if (j < begin || j >= end) continue;
+        const int row = (j - begin) * 8 + lane % 8, piece = warp * 2 + lane / 8 % 2;
         store_turned(address(room) + row * 128 + (piece ^ row % 8) * 16,
                      pack(sum[j * 4], sum[j * 4 + 1]), pack(sum[j * 4 + 2], sum[j * 4 + 3]));
     }
     threads_wait(named, 128);
-    for (int at = thread; at < min(MT, tile.room) * 8; at += 128) {
-        const int row = at / 8, piece = at % 8;
-        uint4 values = *reinterpret_cast<uint4*>(room + row * 128 + (piece ^ row % 8) * 16);
+    const int piece = thread % 8;
+#pragma unroll
+    for (int i = 0; i < (OWN + 1) / 2; ++i) {
+        const int inside = i * 16 + thread / 8, row = begin * 8 + inside;
+        if (row >= min(end * 8, tile.room) || column + piece * 8 >= args.n) continue;
+        uint4 values = *reinterpret_cast<uint4*>(room + inside * 128 + (piece ^ row % 8) * 16);
         if (row >= tile.rows) values = make_uint4(0, 0, 0, 0);
-        if (column + piece * 8 < args.n)
-            *reinterpret_cast<uint4*>(out + (tile.out_row + row) * args.n + column + piece * 8) =
-                values;
+        *reinterpret_cast<uint4*>(out + (tile.out_row + row) * args.n + column + piece * 8) =
+            values;
     }
 }
 
@@ -197,10 +206,10 @@ __device__ __forceinline__ void consume(const Args& args, Out* out, unsigned cha
                 if (++stage == STAGES) stage = 0, phase ^= 1;
             }
         }
-        if (SPLIT == 1)
-            store_tile(args, out, tile, sum, own, memory + STORE_AT + group * MT * 128);
-        else
-            store_sum(args, out, tile, sum, memory);
+        const int mine = SPLIT == 1 ? 0 : cluster_rank();
+        if (SPLIT > 1) add_parts(sum, shared, mine);  // one tile a cluster
+        store_tile(args, out, tile, sum, own, memory + STORE_AT + group * OWN * 1024,
+                   first_of(mine), first_of(mine + 1));
     }
 }
 
@@ -216,9 +225,16 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + PRODUCERS, BLOCKS)
             barrier_init(shared + BARRIERS_AT + stage * 16, 1 + 32);
             barrier_init(shared + BARRIERS_AT + stage * 16 + 8, CONSUMERS);
         }
+        if (SPLIT > 1) barrier_init(shared + RECEIVED_AT, 1);
         barrier_init_done();
+        const int rank = SPLIT == 1 ? 0 : cluster_rank();
+        const int eights = first_of(rank + 1) - first_of(rank);
+        if (SPLIT > 1) barrier_expect(shared + RECEIVED_AT, (SPLIT - 1) * eights * PART_BYTES);
     }
+    if (MODE == 0) let_next_kernel_begin();
     __syncthreads();
+    if (SPLIT > 1) cluster_arrive();
+    wait_for_kernel_ahead();
     const int first = blockIdx.x / SPLIT, step = gridDim.x / SPLIT, part = blockIdx.x % SPLIT;
     const int begin = part * args.blocks / SPLIT, end = (part + 1) * args.blocks / SPLIT;
     if (threadIdx.x < CONSUMERS) {
@@ -229,7 +245,6 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + PRODUCERS, BLOCKS)
         if (threadIdx.x < CONSUMERS + 32)
             produce(args, &weights, &rows, shared, first, step, begin, end);
         __syncwarp();
-        if (SPLIT > 1)
-            for (int at = first; at < tile_count(args); at += step) cluster_meet(), cluster_meet();
+        if (SPLIT > 1) cluster_arrived();
     }
 }

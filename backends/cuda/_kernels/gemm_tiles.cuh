@@ -13,10 +13,8 @@ constexpr int BLOCK = 128;
 
 #if OUT == 2
 using Out = float;
-using Four = float4;
 #else
 using Out = unsigned short;
-using Four = uint2;
 #endif
 
 // Two neighbours rounded to 16 bits; `low` comes first in memory.
@@ -27,12 +25,6 @@ __device__ __forceinline__ unsigned pack(float low, float high) {
     else
         asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(both) : "f"(high), "f"(low));
     return both;
-}
-
-__device__ __forceinline__ void narrow(float4 from, float4& to) { to = from; }
-
-__device__ __forceinline__ void narrow(float4 from, uint2& to) {
-    to = make_uint2(pack(from.x, from.y), pack(from.z, from.w));
 }
 
 struct Args {

@@ -84,7 +84,16 @@ __device__ __forceinline__ void cluster_wait() {
                      : "memory");
 }
 
-// The same, but nothing is made visible.
+// The two halves of a meeting after which every block of the cluster has begun and made its barriers.
+__device__ __forceinline__ void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+
+__device__ __forceinline__ void cluster_arrived() {
+    asm volatile("barrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// The same at once.
 __device__ __forceinline__ void cluster_meet() {
     asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::
                      : "memory");
@@ -100,6 +109,20 @@ __device__ __forceinline__ float4 cluster_load(unsigned shared, int rank) {
                  : "r"(there)
                  : "memory");
     return v;
+}
+
+// Sends four floats to the place that `shared` has in another block's memory; the barrier at the place
+// that `barrier` has there counts their bytes. That block must not have ended when they come.
+__device__ __forceinline__ void cluster_send(unsigned shared, unsigned barrier, int rank,
+                                             const float* v) {
+    unsigned there, counts;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared), "r"(rank));
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(counts) : "r"(barrier), "r"(rank));
+    asm volatile(
+        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4},"
+        " [%5];" ::"r"(there),
+        "f"(v[0]), "f"(v[1]), "f"(v[2]), "f"(v[3]), "r"(counts)
+        : "memory");
 }
 
 // -- copies ----------------------------------------------------------------------------------------
@@ -161,6 +184,15 @@ __device__ __forceinline__ uint4 load_piece(unsigned from) {
     uint4 v;
     asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(from)
+                 : "memory");
+    return v;
+}
+
+__device__ __forceinline__ float4 load_floats(unsigned from) {
+    float4 v;
+    asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+                 : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
                  : "r"(from)
                  : "memory");
     return v;

@@ -77,6 +77,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   Shared& s = *reinterpret_cast<Shared*>(memory);
   State state{LOWEST, 0, 0, address_of(s.sums)};
   const int row = blockIdx.x;
+  let_next_kernel_begin();
   wait_for_kernel_ahead();
   for (int i = threadIdx.x; i < 2 * WIDTH; i += THREADS)
     counts[static_cast<long long>(row) * 2 * WIDTH + i] = 0;
@@ -139,6 +140,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
   State state{LOWEST, 0, 0, address_of(s.sums)};
   const long long row = blockIdx.x;
   const int list = threadIdx.x % WIDTH;
+  let_next_kernel_begin();
   wait_for_kernel_ahead();
 
   const Guess guessed = guesses[row];

@@ -6,6 +6,7 @@
 #pragma once
 
 #include "hopper_gemm.cuh"
+#include "overlap.cuh"
 
 constexpr int DIM = 128;
 constexpr int KEYS = 64;
@@ -113,13 +114,6 @@ __device__ __forceinline__ void multiply(float (&products)[N / 2], unsigned long
 // A warp writes -inf to columns [begin, end) of a row.
 __device__ __forceinline__ void clear(float* row, int begin, int end) {
     for (int column = begin + threadIdx.x % 32; column < end; column += 32) row[column] = nothing();
-}
-
-// Waits for the kernel before this one on the stream to end, where a launch with `overlap` let this one
-// begin earlier; before anything of others is read or written. The next kernel is not let begin early:
-// its blocks would crowd on the processors that become free first.
-__device__ __forceinline__ void wait_for_kernel_ahead() {
-    asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
 // The tiles of all `count` groups of rows in one line, of which every block takes an equal stretch.

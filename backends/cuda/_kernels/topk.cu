@@ -218,6 +218,7 @@ __device__ void select(const Call& call) {
   Shared& s = *reinterpret_cast<Shared*>(memory);
   const int size = cluster_size(), index = blockIdx.x / size, k = call.k;
   State state{LOWEST, 0, 0, address_of(s.sums)};
+  let_next_kernel_begin();
   wait_for_kernel_ahead();
   const int owner = whose(call, index);
   if (owner < 0) return;

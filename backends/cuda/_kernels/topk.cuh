@@ -4,6 +4,8 @@
 
 #pragma once
 
+#include "overlap.cuh"
+
 #define FULL 0xffffffffu
 #define WARPS (THREADS / 32)
 #define TILE (THREADS * PER)  // scores that are offered to the list in one step
@@ -53,13 +55,6 @@ struct Sums {
 
 __device__ int lane() { return threadIdx.x & 31; }
 __device__ int warp() { return threadIdx.x >> 5; }
-
-// Lets the next kernel on the stream have what processors become free, then waits for the one before
-// to end; before anything of others is read or written. Neither does anything without `overlap`.
-__device__ void wait_for_kernel_ahead() {
-  asm volatile("griddepcontrol.launch_dependents;");
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-}
 
 // Whole numbers in the order of scores, above 0. Adding 0 makes -0 and +0 one.
 __device__ unsigned key_of(float x) {

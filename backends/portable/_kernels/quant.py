@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dsa_hal.backends.portable.overlap import overlaps
 from dsa_hal.backends.portable.rows import dense, flat, pick, power_of_two
 from dsa_hal.ops import quant
 
@@ -28,7 +29,7 @@ def quantized(x: Tensor, *, group: int, block_rows: int, pow2: bool) -> tuple[Te
     _quantize[(triton.cdiv(scale.numel(), count),)](
         x3, values, scale, scale.numel(), rows, dim, quant.blocks(rows, block_rows), columns,
         x3.stride(0), x3.stride(1), GROUP=group, BLOCK_ROWS=block_rows, WIDTH=width, HEIGHT=height,
-        POW2=pow2, BLOCKS=count, **tile.options,
+        POW2=pow2, BLOCKS=count, OVERLAPS=overlaps(), **tile.options,
     )  # fmt: skip
     return values, scale
 
@@ -88,9 +89,11 @@ def encoded(wide, scale, POW2: tl.constexpr, factor=1.0):
 def _quantize(
     x, values, scale, blocks, rows, dim, row_blocks, col_blocks, batch_stride, row_stride,
     GROUP: tl.constexpr, BLOCK_ROWS: tl.constexpr, WIDTH: tl.constexpr, HEIGHT: tl.constexpr,
-    POW2: tl.constexpr, BLOCKS: tl.constexpr,
+    POW2: tl.constexpr, BLOCKS: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     """BLOCKS blocks, each one row [HEIGHT * WIDTH] of the tile."""
+    if OVERLAPS:  # the product behind this makes itself ready meanwhile
+        tl.extra.cuda.gdc_launch_dependents()
     block = tl.program_id(0) * BLOCKS + tl.arange(0, BLOCKS)
     item = tl.arange(0, HEIGHT * WIDTH)
     row = block // col_blocks
