@@ -142,6 +142,7 @@ def _ragged_unread(
         case("decode_8k", model=True, tokens=8, context=8192, topk=2048),
         case("prefill_8k", model=True, tokens=2048, context=8192, topk=2048),
         case("prefill_32k", model=True, tokens=2048, context=32768, topk=2048, logits_mb=256),
+        case("long_32k", model=True, tokens=4096, context=32768, topk=2048),
         case("prefill_128k", model=True, tokens=1024, context=131072, topk=2048, logits_mb=256),
     ),
     check=judged(scored_by(indexer_logits)),
