@@ -4,6 +4,7 @@ implementation of the op is fastest for it. Nothing is timed whose result was no
 from __future__ import annotations
 
 import fcntl
+import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -18,16 +19,18 @@ from dsa_hal.matrix import compare
 from dsa_hal.measure import measure
 from dsa_hal.registry import Impl, Op
 
-QUICK, FULL, ROUNDS = 7, 20, 2
-"""Timed calls of a configuration and of a contender; and how often the race is run: a contender's
-time is the best of its rounds, since another user of the device only ever adds time."""
+QUICK, FEW, ROUNDS = 7, 3, 9
+"""Timed calls of a configuration, and of a contender in one round of the race; and how many rounds.
+Contenders take turns, so that all meet the same clock, which falls with the power that the calls
+before have drawn; a contender's time is the median of its rounds."""
 
 
 @dataclass
 class Contender:
     """One implementation in one call.
 
-    us        microseconds, median of cold calls; None where it took no part
+    us        microseconds of a cold call; None where it took no part
+    rounds    microseconds by rounds of the race
     refusal   its why_not, if that is why
     failures  what raised or gave wrong results, with the configuration
     chosen    the configuration of each of its kernels
@@ -36,6 +39,7 @@ class Contender:
 
     impl: Impl[..., Any]
     us: float | None = None
+    rounds: list[float] = field(default_factory=list)
     refusal: str = ""
     failures: list[str] = field(default_factory=list)
     chosen: dict[Space[Any], Any] = field(default_factory=dict)
@@ -79,10 +83,12 @@ class Search:
         contenders = [self._configured(impl) for impl in impls]
         able = [c for c in contenders if c.tried]
         with _alone(self.lock):
-            for contender in able * ROUNDS:
-                with contender.running():
-                    took = self._us(contender.impl, FULL)
-                contender.us = min(took, contender.us or took)
+            for _ in range(ROUNDS):
+                for contender in able:
+                    with contender.running():
+                        contender.rounds.append(self._us(contender.impl, FEW))
+        for contender in able:
+            contender.us = statistics.median(contender.rounds)
         return sorted(contenders, key=lambda c: (c.us is None, c.us))
 
     def _configured(self, impl: Impl[..., Any]) -> Contender:

@@ -307,6 +307,8 @@ _TINY: dict[str, Any] = dict(layout="latent_fp32/32+8", dim_v=32, dtype="fp32")
                  heads=128, k=2048, full=True, traps=(22,) if batch == 128 else ())
             for batch, next_n in ((1, 2), (16, 4), (64, 2), (128, 2))
         ),
+        case("decode_one", model=True, batch=128, next_n=1, context=32768, heads=128, k=2048,
+             full=True),
         case("decode_tp2", model=True, batch=128, next_n=1, context=32768, heads=64, k=2048,
              full=True),
         case("decode_tp8", model=True, batch=64, next_n=1, context=32768, heads=16, k=2048,

@@ -9,8 +9,8 @@
 // rows of weights each. SPLIT blocks of a cluster share a tile's k: each sends its parts to whoever
 // adds those eight rows, and adds what it receives in a fixed order.
 //
-// MODE 0 may begin while the kernel ahead on the stream still runs, and lets the next one do so: all
-// that touches global memory comes after `wait_for_kernel_ahead`.
+// MODE 0 may begin while the kernel ahead on the stream still runs, and lets the next one do so: till
+// `wait_for_kernel_ahead` it only asks for its first weights.
 //
 // Macros: MT rows of activations in a tile, WGS, STAGES, SPLIT, BLOCKS per multiprocessor, and those of
 // gemm_tiles.cuh.
@@ -49,6 +49,15 @@ constexpr int SOON = AMPLE ? MT / 8 : 1;
 __device__ constexpr int first_of(int rank) { return rank * EIGHTS / SPLIT; }
 __device__ constexpr int owner_of(int eight) {
     return ((eight + 1) * SPLIT + EIGHTS - 1) / EIGHTS - 1;
+}
+
+constexpr int FETCHED = 2;  // blocks of k: more would stand in the way of the kernel ahead
+
+__device__ __forceinline__ void fetch(const Args& args, const TensorMap* weights, int at, int begin,
+                                      int end) {
+    const int column = tile_at(args, at, 0).column;
+    for (int block = begin; block < min(end, begin + FETCHED); ++block)
+        fetch_box(weights, block * BLOCK, column, 0);
 }
 
 __device__ __forceinline__ void produce(const Args& args, const TensorMap* weights,
@@ -234,9 +243,10 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + PRODUCERS, BLOCKS)
     if (MODE == 0) let_next_kernel_begin();
     __syncthreads();
     if (SPLIT > 1) cluster_arrive();
-    wait_for_kernel_ahead();
     const int first = blockIdx.x / SPLIT, step = gridDim.x / SPLIT, part = blockIdx.x % SPLIT;
     const int begin = part * args.blocks / SPLIT, end = (part + 1) * args.blocks / SPLIT;
+    if (MODE == 0 && threadIdx.x == CONSUMERS) fetch(args, &weights, first, begin, end);
+    wait_for_kernel_ahead();
     if (threadIdx.x < CONSUMERS) {
         if (BLOCKS == 1) registers_take<TAKEN>();
         consume(args, out, memory, shared, first, step, begin, end);

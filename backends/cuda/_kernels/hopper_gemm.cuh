@@ -148,6 +148,13 @@ __device__ __forceinline__ void copy_box_to(unsigned to, const TensorMap* from, 
         : "memory");
 }
 
+// Asks for a box to be brought to the last cache, where all writes arrive: it may come before they do.
+__device__ __forceinline__ void fetch_box(const TensorMap* from, int x, int y, int z) {
+    asm volatile("cp.async.bulk.prefetch.tensor.3d.L2.global.tile [%0, {%1, %2, %3}];" ::"l"(from),
+                 "r"(x), "r"(y), "r"(z)
+                 : "memory");
+}
+
 __device__ __forceinline__ void copy_prepare(const TensorMap* map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
