@@ -142,8 +142,8 @@ def _module(tile: Tile, out: int, mode: int) -> _nvrtc.Module:
     if tile.waves:
         many = (("WAVES", tile.waves), ("WIDTH", tile.width), ("PAIR", tile.pair))
         return _nvrtc.module("fp8_gemm_wide.cu", (*common, *many, ("AHEAD", tile.ahead)))
-    few = (("MT", tile.mt), ("WGS", tile.wgs), ("SPLIT", tile.split), ("BLOCKS", tile.blocks))
-    return _nvrtc.module("fp8_gemm.cu", (*common, *few))
+    few = (("MT", tile.mt), ("WGS", tile.wgs), ("COLUMNS", tile.columns), ("SPLIT", tile.split))
+    return _nvrtc.module("fp8_gemm.cu", (*common, *few, ("BLOCKS", tile.blocks)))
 
 
 def _readable(t: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ class Tile:
     ahead   1 or 2: products of a group that are under way while it adds
     pair    2: two blocks of a cluster share weights, each has rows of its own
     width   128, or 192 with one wave
+    columns of fp8_gemm.cu's turned tile, whose 64 rows of activations lie along those of the unit
     """
 
     mt: int
@@ -48,11 +49,12 @@ class Tile:
     ahead: int = 1
     pair: int = 1
     width: int = 128
+    columns: int = 0
 
     @property
     def nt(self) -> int:
         """Columns."""
-        return self.waves * self.width if self.waves else self.wgs * 64
+        return self.waves * self.width if self.waves else self.columns or self.wgs * 64
 
     @property
     def height(self) -> int:
@@ -71,9 +73,10 @@ def shared_bytes(tile: Tile, turned: bool = True) -> int:
     stage = (tile.nt + tile.mt) * BLOCK + 16
     if tile.waves:
         return tile.stages * stage + turned * tile.mt * 128
-    own = -(-tile.mt // 8 // tile.split)  # eights of rows that a block stores
-    parts = (tile.split - 1) * own * tile.nt * 32  # what others of its cluster send for them
-    return tile.stages * (stage + 4 * tile.mt) + turned * own * tile.nt * 16 + parts + 16
+    own = -(-(tile.columns or tile.mt) // 8 // tile.split)  # eights that a block stores
+    parts = (tile.split - 1) * own * tile.wgs * 2048  # what others of its cluster send for them
+    room = turned * own * tile.wgs * 1024 if not tile.columns else 0
+    return tile.stages * (stage + 4 * tile.mt) + room + parts + 16
 
 
 def fits(tile: Tile) -> bool:
@@ -85,6 +88,19 @@ def narrow(mt: int, wgs: int, split: int, blocks: int) -> Tile | None:
     """The tile of fp8_gemm.cu with as many stages as fit, at most 13; None if not even three."""
     tiles = (Tile(mt, wgs, stages, split, blocks) for stages in range(13, 2, -1))
     return next(filter(fits, tiles), None)
+
+
+def turned(n: int, blocks_k: int) -> Tile | None:
+    """The turned tile of fp8_gemm.cu that keeps most processors busy, with as many stages as fit.
+    With less than 56 columns it would copy more activations than weights."""
+
+    def columns(split: int) -> int:
+        return max(56, -(-n // (8 * CLUSTERS[split])) * 8)
+
+    splits = [s for s in CLUSTERS if columns(s) <= 128 and (s == 1 or blocks_k >= 4 * s)]
+    split = max(splits, key=lambda s: -(-n // columns(s)) * s, default=0)
+    tiles = (Tile(64, 1, stages, split, columns=columns(split)) for stages in range(13, 2, -1))
+    return next(filter(fits, tiles), None) if split else None
 
 
 def wide(waves: int, pair: int, ahead: int = 1, width: int = 128) -> Tile:
@@ -125,6 +141,10 @@ def _few_rows(rows: int, n: int, blocks_k: int, groups: int) -> list[Tile]:
     if ((mt <= 16 and split(1) > 1) or down > groups) and covered(2) >= covered(1) > 0:
         once.insert(0, 2)
     found = [narrow(mt, wgs, split(wgs), 1) for wgs in once]
+    if 32 < rows <= 64 and groups == 1:
+        tile = turned(n, blocks_k)
+        if tile is not None and -(-n // tile.nt) * tile.split > 1.15 * covered(1):
+            found.insert(0, tile)
     if not once:
         many, pairs = (3, 1) if mt == 128 else (2, 2), (1, 2)
         shapes = [many, pairs] if down * -(-n // 64) > 2 * PROCESSORS else [pairs, many]

@@ -12,10 +12,14 @@
 // MODE 0 may begin while the kernel ahead on the stream still runs, and lets the next one do so: till
 // `wait_for_kernel_ahead` it only asks for its first weights.
 //
-// Macros: MT rows of activations in a tile, WGS, STAGES, SPLIT, BLOCKS per multiprocessor, and those of
-// gemm_tiles.cuh.
+// COLUMNS > 0: the tile is turned, the 64 rows of the matrix unit are activations, and so many columns,
+// a multiple of 8, lie along its other side: where columns by 64 would leave processors idle.
+//
+// Macros: MT rows of activations in a tile, WGS, COLUMNS, STAGES, SPLIT, BLOCKS per multiprocessor, and
+// those of gemm_tiles.cuh.
 
-constexpr int NT = WGS * 64;
+constexpr bool TURNED = COLUMNS > 0;
+constexpr int NT = TURNED ? COLUMNS : WGS * 64;
 constexpr int HEIGHT = MT;
 
 #include "gemm_tiles.cuh"
@@ -31,19 +35,20 @@ constexpr int WEIGHT_BYTES = NT * BLOCK;
 constexpr int STAGE_BYTES = WEIGHT_BYTES + MT * BLOCK;
 constexpr int SCALES_AT = STAGES * STAGE_BYTES;
 constexpr int STORE_AT = SCALES_AT + STAGES * MT * 4;
-constexpr int EIGHTS = MT / 8;                     // rows of activations, by eight
+constexpr int EIGHTS = (TURNED ? NT : MT) / 8;     // along the unit's other side, by eight
 constexpr int OWN = (EIGHTS + SPLIT - 1) / SPLIT;  // of them, those that a block stores, at most
-constexpr int STORE_BYTES = OUT != 2 ? WGS * OWN * 1024 : 0;
+constexpr int STORE_BYTES = OUT != 2 && !TURNED ? WGS * OWN * 1024 : 0;
 constexpr int PARTS_AT = STORE_AT + STORE_BYTES;
-constexpr int PART_BYTES = CONSUMERS * 16;  // eight rows of another block's part
+constexpr int PART_BYTES = CONSUMERS * 16;  // one eight of another block's part
 constexpr int RECEIVED_AT = PARTS_AT + (SPLIT - 1) * OWN * PART_BYTES;
 constexpr int BARRIERS_AT = RECEIVED_AT + 16;
-constexpr int REGS = MT / 2;
+constexpr int REGS = EIGHTS * 4;
 // Few registers are in use with few rows: blocks of k are unrolled, and scales of rows are read while
 // the matrix unit works.
 constexpr bool AMPLE = MT <= 64 && (BLOCKS == 1 || WGS == 1);
 constexpr int UNROLLED = AMPLE ? 4 : 1;
 constexpr int SOON = AMPLE ? MT / 8 : 1;
+static_assert(!TURNED || (MT == 64 && WGS == 1 && NT % 8 == 0), "one group, with all the rows");
 
 // The first of the eights that a block of the cluster stores, and which block stores one.
 __device__ constexpr int first_of(int rank) { return rank * EIGHTS / SPLIT; }
@@ -51,7 +56,8 @@ __device__ constexpr int owner_of(int eight) {
     return ((eight + 1) * SPLIT + EIGHTS - 1) / EIGHTS - 1;
 }
 
-constexpr int FETCHED = 2;  // blocks of k: more would stand in the way of the kernel ahead
+// Blocks of k: more would stand in the way of the kernel ahead.
+constexpr int FETCHED = WEIGHT_BYTES > 16384 ? 2 : 3;
 
 __device__ __forceinline__ void fetch(const Args& args, const TensorMap* weights, int at, int begin,
                                       int end) {
@@ -124,6 +130,26 @@ __device__ __forceinline__ void add_parts(float (&sum)[REGS], unsigned shared, i
     }
 }
 
+// The turned tile's columns of the eights from `begin` to `end`, as the registers lie.
+__device__ __forceinline__ void store_turned_tile(const Args& args, Out* out, const Tile& tile,
+                                                  const float (&sum)[REGS], int begin, int end) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll
+    for (int i = 0; i < REGS; i += 2) {
+        const int row = warp * 16 + lane / 4 + i / 2 % 2 * 8;
+        const int column = tile.column + i / 4 * 8 + lane % 4 * 2;
+        if (i / 4 < begin || i / 4 >= end || row >= tile.room || column >= args.n) continue;
+        Out* to = out + (tile.out_row + row) * args.n + column;
+        const bool counts = row < tile.rows;
+        if (OUT == 2) {
+            *reinterpret_cast<float2*>(to) =
+                counts ? make_float2(sum[i], sum[i + 1]) : make_float2(0, 0);
+        } else {
+            *reinterpret_cast<unsigned*>(to) = counts ? pack(sum[i], sum[i + 1]) : 0;
+        }
+    }
+}
+
 // A group's 64 columns of the eights from `begin` to `end`: fp32 as the registers lie, narrower ones
 // turned in shared memory first, so that whole lines are written.
 __device__ __forceinline__ void store_tile(const Args& args, Out* out, const Tile& tile,
@@ -177,39 +203,66 @@ __device__ __forceinline__ void consume(const Args& args, Out* out, unsigned cha
         if (!tile.idle && begin < end) {
             const float* scales = args.b_scale + tile.group * args.b_scale_group +
                                   min(own, args.n - 1) / BLOCK * args.b_scale_row;
-            float held = 0;  // lane i has the scale of the i-th of 32 blocks
+            // A turned tile may cross into the next 128 columns, whose scales are others.
+            const int cut = (BLOCK - own % BLOCK) / 8;
+            const float* beyond = args.b_scale + tile.group * args.b_scale_group +
+                                  (min(own + NT, args.n) - 1) / BLOCK * args.b_scale_row;
+            float held = 0, held_beyond = 0;  // lane i has the scale of the i-th of 32 blocks
 #pragma unroll UNROLLED
             for (int block = begin; block < end; ++block) {
                 const int inside = (block - begin) % 32;
-                if (inside == 0) held = load_early(scales + min(block + lane, end - 1));
+                if (inside == 0) {
+                    held = load_early(scales + min(block + lane, end - 1));
+                    if (TURNED) held_beyond = load_early(beyond + min(block + lane, end - 1));
+                }
                 const unsigned full = shared + BARRIERS_AT + stage * 16;
                 const unsigned from = shared + stage * STAGE_BYTES;
                 const float scale = __shfl_sync(~0u, held, inside);
                 barrier_wait(full, phase);
                 float part[REGS];
-                const auto left = tile_descriptor(from + group * 64 * BLOCK);
-                const auto right = tile_descriptor(from + WEIGHT_BYTES);
+                const auto of_weights = tile_descriptor(from + group * 64 * BLOCK);
+                const auto of_rows = tile_descriptor(from + WEIGHT_BYTES);
+                const auto left = TURNED ? of_rows : of_weights;
+                const auto right = TURNED ? of_weights : of_rows;
                 mma_begin();
 #pragma unroll
                 for (int step = 0; step < BLOCK / 32; ++step)
-                    Mma<MT>::run(part, left + step * 2, right + step * 2, step);
+                    Mma<TURNED ? NT : MT>::run(part, left + step * 2, right + step * 2, step);
                 mma_end();
-                const float2* row_scales =
-                    reinterpret_cast<const float2*>(memory + SCALES_AT + stage * MT * 4) + lane % 4;
-                float2 soon[SOON];
-                if (AMPLE)
+                if (TURNED) {
+                    const float* row_scales =
+                        reinterpret_cast<const float*>(memory + SCALES_AT + stage * MT * 4) +
+                        threadIdx.x / 32 * 16 + lane / 4;
+                    const float upper = row_scales[0], lower = row_scales[8];
+                    const float next = __shfl_sync(~0u, held_beyond, inside);
+                    mma_wait<0>();
+                    mma_touch(part);
 #pragma unroll
-                    for (int j = 0; j < SOON; ++j) soon[j] = row_scales[j * 4];
-                mma_wait<0>();
-                mma_touch(part);
+                    for (int j = 0; j < EIGHTS; ++j) {
+                        const float of_column = j < cut ? scale : next;
+                        sum[j * 4] += part[j * 4] * (upper * of_column);
+                        sum[j * 4 + 1] += part[j * 4 + 1] * (upper * of_column);
+                        sum[j * 4 + 2] += part[j * 4 + 2] * (lower * of_column);
+                        sum[j * 4 + 3] += part[j * 4 + 3] * (lower * of_column);
+                    }
+                } else {
+                    const float2* row_scales =
+                        reinterpret_cast<const float2*>(memory + SCALES_AT + stage * MT * 4) + lane % 4;
+                    float2 soon[SOON];
+                    if (AMPLE)
 #pragma unroll
-                for (int j = 0; j < MT / 8; ++j) {
-                    const float2 both = AMPLE ? soon[j % SOON] : row_scales[j * 4];
-                    const float even = both.x * scale, odd = both.y * scale;
-                    sum[j * 4] += part[j * 4] * even;
-                    sum[j * 4 + 1] += part[j * 4 + 1] * odd;
-                    sum[j * 4 + 2] += part[j * 4 + 2] * even;
-                    sum[j * 4 + 3] += part[j * 4 + 3] * odd;
+                        for (int j = 0; j < SOON; ++j) soon[j] = row_scales[j * 4];
+                    mma_wait<0>();
+                    mma_touch(part);
+#pragma unroll
+                    for (int j = 0; j < EIGHTS; ++j) {
+                        const float2 both = AMPLE ? soon[j % SOON] : row_scales[j * 4];
+                        const float even = both.x * scale, odd = both.y * scale;
+                        sum[j * 4] += part[j * 4] * even;
+                        sum[j * 4 + 1] += part[j * 4 + 1] * odd;
+                        sum[j * 4 + 2] += part[j * 4 + 2] * even;
+                        sum[j * 4 + 3] += part[j * 4 + 3] * odd;
+                    }
                 }
                 barrier_arrive(full + 8);  // every lane has read
                 if (++stage == STAGES) stage = 0, phase ^= 1;
@@ -217,8 +270,11 @@ __device__ __forceinline__ void consume(const Args& args, Out* out, unsigned cha
         }
         const int mine = SPLIT == 1 ? 0 : cluster_rank();
         if (SPLIT > 1) add_parts(sum, shared, mine);  // one tile a cluster
-        store_tile(args, out, tile, sum, own, memory + STORE_AT + group * OWN * 1024,
-                   first_of(mine), first_of(mine + 1));
+        if (TURNED)
+            store_turned_tile(args, out, tile, sum, first_of(mine), first_of(mine + 1));
+        else
+            store_tile(args, out, tile, sum, own, memory + STORE_AT + group * OWN * 1024,
+                       first_of(mine), first_of(mine + 1));
     }
 }
 
