@@ -15,7 +15,7 @@ import yaml
 from torch import Tensor
 
 from dsa_hal.autotune import store
-from dsa_hal.autotune.search import Search
+from dsa_hal.autotune.search import ROUNDS, Search
 from dsa_hal.autotune.space import Space
 from dsa_hal.autotune.store import Winner, nearest
 from dsa_hal.case import Cost, case
@@ -23,7 +23,7 @@ from dsa_hal.check import bitwise, each
 from dsa_hal.cli import main
 from dsa_hal.errors import ConfigError
 from dsa_hal.facts import described
-from dsa_hal.registry import Op
+from dsa_hal.registry import Impl, Op
 from dsa_hal.selection import OPS, selection, use
 from dsa_hal.target import Target
 
@@ -145,6 +145,26 @@ def test_the_search_finds_the_fastest_right_configuration(
     assert steady.us and steady.us >= 2000 and not steady.failures
     assert picky.us is None and picky.refusal == "k is 2; this one adds 1 only"
     assert space.pick(n=64) == Tile(3), "a search leaves no choice behind"
+
+
+def test_contenders_take_turns(
+    op: Op[..., Any], cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that ran all its calls in a row would meet the clock that its own calls left."""
+    timed: list[str] = []
+
+    def us(self: Search, impl: Impl[..., Any], repeats: int) -> float:
+        timed.append(impl.name)
+        return 10.0 if len(timed) % 5 else 1e6  # now and then another user of the device
+
+    monkeypatch.setattr(Search, "_us", us)
+    impls = [i for i in op.implementations(selection().target) if i.name in ("tiled", "steady")]
+    inputs = {"x": torch.zeros(64), "k": 2}
+    search = Search(op, inputs, (torch.full((64,), 2.0),), "cpu", cache / "lock", most=1)
+    found = search.race(impls)
+    race = timed[-2 * ROUNDS :]
+    assert race == [race[0], race[1]] * ROUNDS and race[0] != race[1]
+    assert [c.us for c in found] == [10.0, 10.0], "a disturbed round does not count"
 
 
 def test_what_raises_is_told_and_takes_no_part(op: Op[..., Any], cache: Path) -> None:

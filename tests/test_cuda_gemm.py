@@ -20,6 +20,7 @@ from dsa_hal.ops.gemm import (
     grouped_fp8_gemm_masked,
     grouped_gemm,
 )
+from dsa_hal.selection import use
 from dsa_hal.target import Target
 
 HOPPER = Target("cuda", "sm90", "cuda")
@@ -61,6 +62,81 @@ def test_few_rows_keep_every_processor_busy() -> None:
         assert count * tile.split >= 0.7 * _gemm_tiles.PROCESSORS, (name, tile)
         if tile.split > 1:
             assert count <= _gemm_tiles.CLUSTERS[tile.split], "all clusters run at once"
+
+
+def test_up_to_64_rows_a_turned_tile_keeps_more_processors_busy() -> None:
+    """33 tiles of 64 columns want 33 clusters of 4 blocks, and the device runs 30 at once."""
+    found = _gemm_tiles.tiles(rows=64, n=2112, k=7168, groups=1)
+    turned, plain = found[0], found[1]
+    assert (turned.columns, turned.split, plain.columns, plain.split) == (72, 4, 0, 3)
+    assert not any(t.columns for t in _gemm_tiles.tiles(rows=64, n=7168, k=2048, groups=1))
+    for rows in (1, 16, 32, 65, 128):  # lower tiles read less, higher ones do not fit
+        assert not any(t.columns for t in _gemm_tiles.tiles(rows=rows, n=2112, k=7168, groups=1))
+
+
+class Recorded:
+    """Takes the place of compiled kernels, and notes what would be launched."""
+
+    def __init__(self) -> None:
+        self.launches: list[dict[str, Any]] = []
+
+    def launch(self, name: str, grid: Any, block: Any, args: Any, **how: Any) -> None:
+        self.launches.append(dict(grid=grid, block=block, args=args, **how))
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> Recorded:
+    made = Recorded()
+    monkeypatch.setattr(_gemm, "_module", lambda tile, out, mode: made)
+    monkeypatch.setattr(_gemm._nvrtc, "address", lambda t: 0)
+    monkeypatch.setattr(_gemm._nvrtc, "tensor_map", lambda t, box, swizzle: bytes(box))
+    return made
+
+
+def product(rows: int, n: int, k: int, *groups: int) -> list[torch.Tensor]:
+    """Operands without memory."""
+    kinds = (torch.float8_e4m3fn, torch.float32) * 2
+    shapes = ((rows, k), (rows, -(-k // 128)), (n, k), (-(-n // 128), -(-k // 128)))
+    return [
+        torch.empty(*groups, *shape, dtype=kind, device="meta")
+        for shape, kind in zip(shapes, kinds, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("rows", "n", "k", "overlap"),
+    [(64, 2112, 7168, True), (1, 24576, 1536, True), (128, 7168, 2048, True),
+     (64, 32768, 512, False), (4096, 4096, 7168, False)],
+)  # fmt: skip
+def test_a_product_overlaps_where_its_blocks_fill_their_processors(
+    rows: int, n: int, k: int, overlap: bool, recorded: Recorded
+) -> None:
+    """Blocks that leave room for another crowd on the processors that become free first."""
+    _gemm.fp8(*product(rows, n, k), torch.bfloat16)
+    (launch,) = recorded.launches
+    assert launch["overlap"] is overlap
+    cluster = (launch["cluster"] or (1,))[0]
+    assert launch["grid"][0] % cluster == 0
+    if overlap:
+        assert launch["shared"] > 114 << 10
+        assert launch["grid"][0] <= _gemm_tiles.CLUSTERS[cluster] * cluster
+
+
+def test_groups_wait_for_the_kernel_that_counts_their_rows(recorded: Recorded) -> None:
+    counts = torch.empty(4, dtype=torch.int32, device="meta")
+    _gemm.masked(*product(16, 512, 256, 4), counts, torch.bfloat16)
+    assert [launch["overlap"] for launch in recorded.launches] == [False]
+
+
+@pytest.mark.parametrize(("target", "overlaps"), [("cuda:sm90", True), ("rocm:gfx950", False)])
+def test_the_quantisation_lets_the_product_behind_it_begin(target: str, overlaps: bool) -> None:
+    from dsa_hal.backends.portable import launches
+    from dsa_hal.backends.portable._kernels.quant import quantized
+
+    x = torch.empty(64, 7168, dtype=torch.bfloat16, device="meta")
+    with use(target=target), launches.recorded(target.partition(":")[2]) as found:
+        quantized(x, group=128, block_rows=1, pow2=True)
+    assert [launch.constants()["OVERLAPS"] for launch in found] == [str(overlaps)]
 
 
 def test_many_rows_waste_little_of_the_last_round() -> None:
