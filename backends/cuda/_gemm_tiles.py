@@ -143,6 +143,7 @@ def _few_rows(rows: int, n: int, blocks_k: int, groups: int) -> list[Tile]:
     found = [narrow(mt, wgs, split(wgs), 1) for wgs in once]
     if 32 < rows <= 64 and groups == 1:
         tile = turned(n, blocks_k)
+        # Measured: 72 columns on 120 processors for 99 gain, 56 on 128 for 112 do not.
         if tile is not None and -(-n // tile.nt) * tile.split > 1.15 * covered(1):
             found.insert(0, tile)
     if not once:
